@@ -1,0 +1,172 @@
+"""How ranks act as one: every rank's failure becomes the same error on every rank.
+
+A rank that fails does not leave the others waiting in a collective. Work that can fail runs inside
+`Ranks.run` (every rank does it) or `Ranks.first` (rank 0 does it for all); both end with one small
+exchange, after which either all ranks have succeeded or all raise. The exchanges use a gloo group of
+their own, so they never mix with training's collectives and work beside NCCL.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from bridge.training.checkpointing.errors import ERRORS_BY_NAME, CheckpointError, RankLostError
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(minutes=10)
+"""How long ranks wait for one another at one meeting point. A rank that died is noticed at once."""
+
+_ROLL_CALL_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rank's exception in a form that travels between ranks."""
+
+    rank: int
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, rank: int, error: BaseException) -> Failure:
+        return cls(rank, type(error).__name__, str(error))
+
+    def text(self) -> str:
+        """The message; errors that are not ours keep their type's name."""
+        return self.message if self.kind in ERRORS_BY_NAME else f"{self.kind}: {self.message}"
+
+
+class Ranks:
+    """The ranks of the job, seen from one of them. Every method that communicates is collective."""
+
+    def __init__(self, group: Any | None, rank: int, size: int) -> None:
+        self._group = group
+        self.rank = rank
+        self.size = size
+        self._meetings = 0
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """All ranks of torch.distributed's default group; a single rank where it is not initialised."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls(None, 0, 1)
+        default = dist.group.WORLD
+        ranks = _of_group.get(default)
+        if ranks is None:
+            ranks = cls(dist.new_group(backend="gloo", timeout=TIMEOUT), dist.get_rank(), dist.get_world_size())
+            _of_group[default] = ranks
+        return ranks
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that decides and publishes."""
+        return self.rank == 0
+
+    def run(self, phase: str, action: Callable[[], T]) -> T:
+        """Run `action` on every rank and return this rank's result.
+
+        Raises:
+            CheckpointError: `action` raised on some rank. Every rank raises, with the type of the lowest
+                failing rank's error if that is one of ours, and a message that names the failing ranks.
+        """
+        result, error = _attempt(action)
+        failure = None if error is None else Failure.of(self.rank, error)
+        failures = [f for f in self.gather_all(phase, failure) if f is not None]
+        if failures:
+            raise _combined(phase, failures) from error
+        return result  # type: ignore[return-value]
+
+    def first(self, phase: str, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and return its result on every rank; its error is raised on every rank.
+
+        The result is pickled between ranks: keep it small.
+        """
+        message: list[Any] = [None]
+        error: Exception | None = None
+        if self.is_first:
+            result, error = _attempt(action)
+            message = [result if error is None else Failure.of(0, error)]
+        if self._group is not None:
+            self._meet(phase, lambda: dist.broadcast_object_list(message, src=0, group=self._group))
+        if isinstance(message[0], Failure):
+            failure = message[0]
+            known = ERRORS_BY_NAME.get(failure.kind)
+            raise known(failure.message) if known else CheckpointError(f"{phase}: {failure.text()}") from error
+        return message[0]  # type: ignore[no-any-return]
+
+    def gather_all(self, phase: str, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank. Values are pickled: keep them small."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        self._meet(phase, lambda: dist.all_gather_object(values, value, group=self._group))
+        return values
+
+    def gather_first(self, phase: str, value: T) -> list[T] | None:
+        """Every rank's value, by rank, on rank 0; None elsewhere."""
+        if self._group is None:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        self._meet(phase, lambda: dist.gather_object(value, values, dst=0, group=self._group))
+        return values
+
+    def all_true(self, phase: str, flag: bool) -> bool:
+        """Whether `flag` is true on every rank; the same answer on every rank."""
+        return all(self.gather_all(phase, flag))
+
+    def _meet(self, phase: str, collective: Callable[[], Any]) -> None:
+        self._meetings += 1
+        try:
+            collective()
+        except RuntimeError as error:
+            raise RankLostError(self._roll_call(phase)) from error
+
+    def _roll_call(self, phase: str) -> str:
+        """After a failed exchange: which ranks are still here? Costs nothing while all goes well."""
+        where = f"the checkpoint layer's exchange after '{phase}'"
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            prefix = f"bridge/roll_call/{self._meetings}"
+            store.set(f"{prefix}/{self.rank}", "here")
+            missing = set(range(self.size)) - {self.rank}
+            deadline = time.monotonic() + _ROLL_CALL_SECONDS
+            while missing and time.monotonic() < deadline:
+                missing = {rank for rank in missing if not store.check([f"{prefix}/{rank}"])}
+                time.sleep(0.05)
+        except RuntimeError:
+            return f"a rank was lost in {where}; the job's key-value store is gone too, so it has no name"
+        if not missing:
+            return f"{where} failed although every rank is alive"
+        names = ", ".join(str(rank) for rank in sorted(missing))
+        return f"rank {names} did not arrive at {where} (waited at most {TIMEOUT.total_seconds():.0f} s)"
+
+
+_of_group: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()
+"""The ranks, with their control group, by torch.distributed's default group."""
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        logger.debug("a step failed on this rank", exc_info=True)
+        return None, error
+
+
+def _combined(phase: str, failures: list[Failure]) -> CheckpointError:
+    known = ERRORS_BY_NAME.get(failures[0].kind, CheckpointError)
+    by_text: dict[str, list[int]] = {}
+    for failure in failures:
+        by_text.setdefault(failure.text(), []).append(failure.rank)
+    parts = [f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in by_text.items()]
+    return known(f"{phase} failed on {'; '.join(parts)}")

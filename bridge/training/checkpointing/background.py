@@ -1,0 +1,131 @@
+"""One function in a forked process: started, polled and collected without a thread or a queue.
+
+A fork sees memory as it was at that instant (copy on write), so what it writes is a snapshot however
+training goes on. The child sends back one pickled value through a pipe. Its death is noticed by the
+pipe's end, so nobody waits for a process that is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from typing import Any, Generic, NoReturn, TypeVar
+
+from bridge.training.checkpointing.errors import CheckpointSaveError
+
+T = TypeVar("T")
+
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+@dataclass(frozen=True)
+class _Raised:
+    summary: str
+    trace: str
+
+
+class ForkedCall(Generic[T]):
+    """A call of `function()` in a child process that dies with its parent."""
+
+    def __init__(self, function: Callable[[], T], name: str) -> None:
+        self.name = name
+        self._outcome: T | None = None
+        self._error: CheckpointSaveError | None = None
+        self._done = False
+        receiver, sender = Pipe(duplex=False)
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            receiver.close()
+            _run_child(function, sender, parent)
+        sender.close()
+        self._receiver = receiver
+
+    def poll(self, timeout: float | None = 0.0) -> bool:
+        """Whether the call has ended; waits up to `timeout` seconds (None: as long as it takes)."""
+        if not self._done and self._receiver.poll(timeout):
+            self._collect()
+        return self._done
+
+    def result(self) -> T:
+        """The value that the function returned; waits for it.
+
+        Raises:
+            CheckpointSaveError: the function raised, or its process died.
+        """
+        self.poll(None)
+        if self._error is not None:
+            raise self._error
+        return self._outcome  # type: ignore[return-value]
+
+    def kill(self) -> None:
+        """End the process at once; the result is then an error."""
+        if not self._done:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.poll(None)
+
+    def _collect(self) -> None:
+        try:
+            outcome = pickle.loads(self._receiver.recv_bytes())
+        except (EOFError, OSError):
+            outcome = None
+            died = True
+        else:
+            died = False
+        self._receiver.close()
+        _, status = os.waitpid(self.pid, 0)
+        self._done = True
+        if died:
+            self._error = CheckpointSaveError(f"the {self.name} process {_how_it_ended(status)}")
+        elif isinstance(outcome, _Raised):
+            self._error = CheckpointSaveError(f"the {self.name} process failed: {outcome.summary}")
+            self._error.__cause__ = CheckpointSaveError(f"in process {self.pid}:\n{outcome.trace}")
+        else:
+            self._outcome = outcome
+
+
+def _run_child(function: Callable[[], Any], sender: Any, parent: int) -> NoReturn:
+    status = 1
+    try:
+        _die_with(parent)
+        # A signal for the job is the trainer's to handle; it waits for this process to finish its save.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # The collector would touch, and so copy, pages that belong to the trainer, and could free its CUDA objects.
+        gc.disable()
+        try:
+            outcome = function()
+        except BaseException as error:
+            outcome = _Raised(f"{type(error).__name__}: {error}", traceback.format_exc())
+        sender.send_bytes(pickle.dumps(outcome))
+        status = 0
+    except BaseException:
+        traceback.print_exc(file=sys.stderr)
+        sys.stderr.flush()
+    finally:
+        # No exit handlers: they are the parent's (process groups, CUDA, temporary files).
+        os._exit(status)
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel (Linux) to end this process when the parent ends: what it writes could not be published."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _how_it_ended(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"ended with status {os.waitstatus_to_exitcode(status)} and no result"

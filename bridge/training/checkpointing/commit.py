@@ -1,0 +1,157 @@
+"""The commit: how a finished save becomes a checkpoint in one step, and how crashes are cleaned up.
+
+At any instant, SIGKILL and power loss included, `iter_N` is whole or absent and the trackers name a
+whole checkpoint:
+
+1. everything is written and synced in a staging directory with a name of its own (`begin_staging`);
+2. the manifest is written last, and all directories are synced (`seal`);
+3. one rename publishes it, and the parent is synced (`publish`);
+4. only then the trackers move, each by one rename (`move_trackers`).
+
+All of this runs on rank 0. What a crash leaves behind has a `.saving-` or `.trash-` name and is swept
+by `recover` before the next save.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
+from bridge.training.checkpointing.files import delete_trash, discard, exchange, replace_file, sync_directory, sync_tree
+from bridge.training.checkpointing.integrity import FileRecord, Manifest, find_damage, read_manifest, write_manifest
+from bridge.training.checkpointing.layout import (
+    LEGACY_TRACKER,
+    MANIFEST,
+    TRACKER,
+    iteration_name,
+    list_checkpoints,
+    new_saving_name,
+    new_trash_name,
+    staged_name,
+)
+
+logger = logging.getLogger(__name__)
+
+RECOVERED = "recovered_directories"
+"""Key of the checkpointing context: directories that this process has cleaned of a crash's remains."""
+
+
+def begin_staging(save_dir: Path, iteration: int) -> Path:
+    """Make the directory in which the ranks write one save; nothing in it counts until it is published."""
+    save_dir.mkdir(parents=True, exist_ok=True)
+    staging = save_dir / new_saving_name(iteration)
+    staging.mkdir()
+    return staging
+
+
+def seal(staging: Path, manifest: Manifest) -> None:
+    """Check that the staging directory holds exactly the manifest's files, then write the manifest.
+
+    Raises:
+        CheckpointSaveError: a file is missing, of another size, or not accounted for.
+    """
+    problems = find_damage(staging, manifest.files)
+    expected = {record.name for record in manifest.files}
+    found = {path.relative_to(staging).as_posix() for path in staging.rglob("*") if not path.is_dir()}
+    problems += [f"{name} was written by nobody" for name in sorted(found - expected)]
+    if problems:
+        raise CheckpointSaveError(f"the files in {staging} are not those that were written: {'; '.join(problems)}")
+    sync_tree(staging)
+    write_manifest(staging, manifest)
+    sync_directory(staging)
+
+
+def publish(staging: Path, iteration: int) -> Path:
+    """Rename a sealed staging directory to `iter_N`, replacing an `iter_N` that is there as a whole.
+
+    Returns:
+        The path of the published checkpoint.
+    """
+    final = staging.parent / iteration_name(iteration)
+    replaced: Path | None = None
+    if final.is_symlink() or final.exists():
+        replaced = staging.parent / new_trash_name(final.name)
+        if exchange(staging, final):
+            staging.rename(replaced)
+        else:
+            # Between these two renames a crash leaves no `iter_N`; `recover` finds the sealed staging directory.
+            final.rename(replaced)
+            staging.rename(final)
+    else:
+        staging.rename(final)
+    sync_directory(final.parent)
+    if replaced is not None:
+        logger.warning("replaced the checkpoint that was in %s", final)
+        _delete(replaced)
+    return final
+
+
+def move_trackers(save_dir: Path, iteration: int, train_state: bytes) -> None:
+    """Point both trackers at a published checkpoint.
+
+    Args:
+        save_dir: the directory of checkpoints.
+        iteration: the published iteration.
+        train_state: the bytes of its `train_state.pt`.
+    """
+    replace_file(save_dir / TRACKER, train_state)
+    replace_file(save_dir / LEGACY_TRACKER, str(iteration).encode())
+
+
+def abandon(staging: Path) -> None:
+    """Remove the staging directory of a save that failed; a failure to do so is only logged."""
+    try:
+        if staging.exists():
+            discard(staging)
+    except OSError as error:
+        logger.warning("could not remove the failed save in %s: %s", staging, error)
+
+
+def recover(save_dir: Path) -> None:
+    """Clean up after saves and deletions that a crash cut short. Call it when no save is in progress.
+
+    A sealed staging directory whose `iter_N` is absent may be the second half of a replacement, so it is
+    published rather than deleted; the trackers stay where they are. Everything else unfinished is deleted.
+    """
+    for name in list_checkpoints(save_dir).leftovers:
+        path = save_dir / name
+        target = staged_name(name)
+        if target is not None and not (save_dir / target).exists() and _is_sealed(path):
+            path.rename(save_dir / target)
+            sync_directory(save_dir)
+            logger.warning("published %s, which a crash had left complete as %s", target, name)
+        elif target is not None:
+            logger.warning("removing %s: a save that did not finish", path)
+            abandon(path)
+        else:
+            _delete(path)
+
+
+def recover_once(save_dir: Path, context: dict[str, Any] | None) -> None:
+    """`recover` a directory unless the checkpointing context says that this process has done so before."""
+    recovered: set[Path] = set() if context is None else context.setdefault(RECOVERED, set())
+    if save_dir.resolve() not in recovered and save_dir.exists():
+        recover(save_dir)
+    recovered.add(save_dir.resolve())
+
+
+def _is_sealed(staging: Path) -> bool:
+    try:
+        manifest = read_manifest(staging)
+    except CheckpointDamagedError:
+        return False
+    return manifest is not None and not find_damage(staging, manifest.files)
+
+
+def _delete(path: Path) -> None:
+    try:
+        delete_trash(path)
+    except OSError as error:
+        logger.warning("could not delete %s: %s", path, error)
+
+
+def describe_files(directory: Path, names: list[str]) -> list[FileRecord]:
+    """Records of files in a staging directory, for the manifest."""
+    return [FileRecord.of(directory, name) for name in names if name != MANIFEST]

@@ -1,0 +1,46 @@
+"""The configuration's part: `run_config.yaml`, and the few values of it that loading needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bridge.training.checkpointing.contents import Sidecar
+from bridge.training.checkpointing.errors import CheckpointDamagedError
+from bridge.training.checkpointing.layout import RUN_CONFIG
+
+
+def run_config_sidecar(cfg: Any) -> Sidecar:
+    """Capture the whole configuration as YAML."""
+    return Sidecar(RUN_CONFIG, cfg.to_yaml().encode())
+
+
+def read_run_config(checkpoint: Path) -> dict[str, Any] | None:
+    """Read a checkpoint's configuration as plain values; no class that it names is imported or made.
+
+    Returns:
+        The mapping, or None if the checkpoint has no `run_config.yaml`.
+
+    Raises:
+        CheckpointDamagedError: the file is there but is no YAML mapping.
+    """
+    path = checkpoint / RUN_CONFIG
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise CheckpointDamagedError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointDamagedError(f"{path} holds no mapping")
+    return content
+
+
+def value_at(config: Mapping[str, Any] | None, section: str, key: str, default: Any) -> Any:
+    """`config[section][key]`, or the default where the file does not say."""
+    part = (config or {}).get(section)
+    value = part.get(key) if isinstance(part, Mapping) else None
+    return default if value is None else value

@@ -1,0 +1,152 @@
+"""Every file and directory name of a checkpoint directory, and what a look at one finds.
+
+<save>/
+  latest_train_state.pt                tracker: a copy of the published train_state.pt
+  latest_checkpointed_iteration.txt    tracker for Megatron-LM readers: "10" or "release"
+  iter_0000010/                        a published checkpoint
+  .saving-iter_0000020-3f9c12ab/       a save in progress, or the remains of a crash
+  .trash-iter_0000010-77b0e1d4/        on its way out
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ITERATION_PREFIX = "iter_"
+SAVING_PREFIX = ".saving-"
+TRASH_PREFIX = ".trash-"
+TEMPORARY_SUFFIX = ".bridge-tmp"
+
+TRACKER_PREFIX = "latest"
+TRACKER = f"{TRACKER_PREFIX}_train_state.pt"
+LEGACY_TRACKER = f"{TRACKER_PREFIX}_checkpointed_iteration.txt"
+RELEASE = "release"
+
+MANIFEST = "manifest.json"
+COMMON = "common.pt"
+PAYLOAD_METADATA = ".metadata"
+MCORE_METADATA = "metadata.json"
+TRAIN_STATE = "train_state.pt"
+RUN_CONFIG = "run_config.yaml"
+TOKENIZER_DIRECTORY = "tokenizer"
+DATALOADER_DIRECTORY = "dataloader_state"
+
+_ITERATION_NAME = re.compile(rf"{ITERATION_PREFIX}(\d{{7,}})")
+_SAVING_NAME = re.compile(rf"{re.escape(SAVING_PREFIX)}({ITERATION_PREFIX}\d{{7,}})-[0-9a-f]+")
+_SYSTEM_NAMES = frozenset({"lost+found", ".snapshot"})
+
+
+def iteration_name(iteration: int) -> str:
+    """The directory name of an iteration: `iter_0000010` for 10."""
+    return f"{ITERATION_PREFIX}{iteration:07d}"
+
+
+def parse_iteration_name(name: str) -> int | None:
+    """The iteration of a name that `iteration_name` could have made; None for any other (`iter_best`, `iter_1_bak`)."""
+    match = _ITERATION_NAME.fullmatch(name)
+    if match is None or iteration_name(int(match[1])) != name:
+        return None
+    return int(match[1])
+
+
+def dataloader_state_name(data_parallel_rank: int) -> str:
+    """Path of a data-parallel rank's data iterator state inside a checkpoint."""
+    return f"{DATALOADER_DIRECTORY}/train_dataloader_dprank{data_parallel_rank:03d}.pt"
+
+
+def new_saving_name(iteration: int) -> str:
+    """A staging name that no earlier save has used, so the remains of a dead one cannot write into it."""
+    return f"{SAVING_PREFIX}{iteration_name(iteration)}-{secrets.token_hex(4)}"
+
+
+def new_trash_name(name: str) -> str:
+    """A fresh name for a directory that is about to be deleted."""
+    return f"{TRASH_PREFIX}{name.lstrip('.')}-{secrets.token_hex(4)}"
+
+
+def staged_name(name: str) -> str | None:
+    """The name that a staging directory would be published under; None if `name` is not a staging name."""
+    match = _SAVING_NAME.fullmatch(name)
+    return match[1] if match else None
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a name is one that only an unfinished save or deletion of ours leaves behind."""
+    return (
+        staged_name(name) is not None
+        or name.startswith(TRASH_PREFIX)
+        or (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX))
+    )
+
+
+def is_iteration_directory(path: Path) -> bool:
+    """Whether `path` is itself one checkpoint (any name), rather than a directory of checkpoints."""
+    if (path / TRACKER).exists() or (path / LEGACY_TRACKER).exists():
+        return False
+    return any((path / name).exists() for name in (MANIFEST, MCORE_METADATA, PAYLOAD_METADATA))
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a directory of checkpoints holds, by name only; nothing has been opened."""
+
+    path: Path
+    exists: bool
+    iterations: tuple[int, ...]
+    """Iterations of the `iter_N` directories, ascending."""
+    has_release: bool
+    has_tracker: bool
+    has_legacy_tracker: bool
+    leftovers: tuple[str, ...]
+    """Remains of unfinished saves and deletions."""
+    foreign: tuple[str, ...]
+    """Names that are none of the above, sorted."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no checkpoint was ever published here and nothing else is kept here."""
+        return not (self.iterations or self.has_release or self.has_tracker or self.has_legacy_tracker or self.foreign)
+
+
+def list_checkpoints(path: Path, own_files: Iterable[Path] = ()) -> Listing:
+    """Look at a directory of checkpoints.
+
+    Args:
+        path: the directory; it need not exist.
+        own_files: files that the run itself writes and that may lie in `path` (a metrics file, say).
+
+    Raises:
+        NotADirectoryError: `path` is a file.
+    """
+    ignored = {file.name for file in own_files if file.parent.resolve() == path.resolve()}
+    try:
+        entries = sorted(path.iterdir())
+    except FileNotFoundError:
+        return Listing(path, False, (), False, False, False, (), ())
+    iterations: list[int] = []
+    leftovers: list[str] = []
+    foreign: list[str] = []
+    known = {TRACKER, LEGACY_TRACKER, RELEASE} | _SYSTEM_NAMES | ignored
+    for entry in entries:
+        iteration = parse_iteration_name(entry.name)
+        if iteration is not None:
+            iterations.append(iteration)
+        elif is_leftover(entry.name):
+            leftovers.append(entry.name)
+        elif entry.name not in known:
+            foreign.append(entry.name)
+    names = {entry.name for entry in entries}
+    return Listing(
+        path,
+        True,
+        tuple(sorted(iterations)),
+        RELEASE in names,
+        TRACKER in names,
+        LEGACY_TRACKER in names,
+        tuple(leftovers),
+        tuple(foreign),
+    )

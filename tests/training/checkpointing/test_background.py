@@ -1,0 +1,91 @@
+"""A call in a forked process: its value, its error, its death, and the snapshot that it sees."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from bridge.training.checkpointing.background import ForkedCall
+from bridge.training.checkpointing.errors import CheckpointSaveError
+
+
+def test_the_value_comes_back_however_large() -> None:
+    call = ForkedCall(lambda: b"x" * 10_000_000, "writer")
+    assert call.result() == b"x" * 10_000_000
+    assert call.poll()
+
+
+def test_an_exception_comes_back_with_its_type_and_traceback() -> None:
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    call = ForkedCall(fail, "writer")
+    with pytest.raises(CheckpointSaveError) as caught:
+        call.result()
+    assert str(caught.value) == "the writer process failed: OSError: [Errno 28] No space left on device"
+    assert "in fail" in str(caught.value.__cause__)
+
+
+def test_a_killed_process_is_noticed() -> None:
+    call = ForkedCall(lambda: time.sleep(60), "writer")
+    assert not call.poll()
+    os.kill(call.pid, signal.SIGKILL)
+    with pytest.raises(CheckpointSaveError, match="^the writer process was killed by SIGKILL$"):
+        call.result()
+
+
+def test_a_process_that_exits_without_a_result_is_noticed() -> None:
+    call = ForkedCall(lambda: os._exit(3), "writer")
+    with pytest.raises(CheckpointSaveError, match="^the writer process ended with status 3 and no result$"):
+        call.result()
+
+
+def test_the_call_sees_memory_as_it_was() -> None:
+    values = [1]
+
+    def later() -> int:
+        time.sleep(0.2)
+        return values[0]
+
+    call = ForkedCall(later, "writer")
+    values[0] = 2
+    assert call.result() == 1
+
+
+def test_the_signals_of_a_shutdown_do_not_end_it() -> None:
+    def survive() -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        return "done"
+
+    assert ForkedCall(survive, "writer").result() == "done"
+
+
+def test_it_dies_with_its_parent() -> None:
+    """A trainer killed with SIGKILL leaves no writer behind."""
+
+    def parent() -> int:
+        child = ForkedCall(lambda: time.sleep(60), "grandchild")
+        return child.pid
+
+    grandchild = ForkedCall(parent, "child").result()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and _is_running(grandchild):
+        time.sleep(0.01)
+    assert not _is_running(grandchild)
+
+
+def test_kill_ends_it_at_once() -> None:
+    call = ForkedCall(lambda: time.sleep(60), "writer")
+    call.kill()
+    assert call.poll()
+    assert not _is_running(call.pid)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stream:
+            return stream.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,119 @@
+"""The commit on a real directory: whole or absent, replaced as a whole, recovered after a crash."""
+
+from pathlib import Path
+
+import pytest
+
+from bridge.training.checkpointing import commit
+from bridge.training.checkpointing.errors import CheckpointSaveError
+from bridge.training.checkpointing.integrity import FileRecord, Manifest
+from bridge.training.checkpointing.layout import new_saving_name, new_trash_name
+
+
+def stage(save_dir: Path, iteration: int, contents: dict[str, bytes], *, seal: bool = True) -> Path:
+    """A staging directory as a save leaves it just before it is published."""
+    staging = commit.begin_staging(save_dir, iteration)
+    for name, data in contents.items():
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / name).write_bytes(data)
+    if seal:
+        commit.seal(staging, manifest_of(staging, iteration, list(contents)))
+    return staging
+
+
+def manifest_of(staging: Path, iteration: int, names: list[str]) -> Manifest:
+    records = tuple(FileRecord.of(staging, name) for name in names)
+    return Manifest(iteration, "torch_dist", 1, {}, {}, records)
+
+
+def tree(path: Path) -> set[str]:
+    return {entry.relative_to(path).as_posix() for entry in path.rglob("*")}
+
+
+def test_a_save_is_published_under_its_iteration_with_exactly_its_files(tmp_path: Path) -> None:
+    staging = stage(tmp_path / "new" / "save", 10, {"a": b"1", "tokenizer/b": b"2"})
+    final = commit.publish(staging, 10)
+    assert final == tmp_path / "new" / "save" / "iter_0000010"
+    assert tree(tmp_path / "new" / "save") == {
+        "iter_0000010",
+        "iter_0000010/a",
+        "iter_0000010/manifest.json",
+        "iter_0000010/tokenizer",
+        "iter_0000010/tokenizer/b",
+    }
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_saving_again_replaces_the_whole_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(commit, "exchange", lambda first, second: False)
+    commit.publish(stage(tmp_path, 10, {"__0_0.distcp": b"old", "__1_0.distcp": b"of a larger world"}), 10)
+    commit.publish(stage(tmp_path, 10, {"__0_0.distcp": b"new"}), 10)
+    assert tree(tmp_path) == {"iter_0000010", "iter_0000010/__0_0.distcp", "iter_0000010/manifest.json"}
+    assert (tmp_path / "iter_0000010" / "__0_0.distcp").read_bytes() == b"new"
+
+
+def test_trackers_move_as_whole_files(tmp_path: Path) -> None:
+    commit.move_trackers(tmp_path, 10, b"ten")
+    commit.move_trackers(tmp_path, 20, b"twenty")
+    assert tree(tmp_path) == {"latest_train_state.pt", "latest_checkpointed_iteration.txt"}
+    assert (tmp_path / "latest_train_state.pt").read_bytes() == b"twenty"
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "20"
+
+
+def test_files_that_nobody_wrote_or_that_vanished_stop_the_commit(tmp_path: Path) -> None:
+    staging = stage(tmp_path, 10, {"a": b"1", "b": b"2"}, seal=False)
+    manifest = manifest_of(staging, 10, ["a", "b"])
+    (staging / "b").unlink()
+    (staging / "stray").touch()
+    with pytest.raises(CheckpointSaveError) as caught:
+        commit.seal(staging, manifest)
+    assert "b is missing; stray was written by nobody" in str(caught.value)
+    assert not (staging / "manifest.json").exists()
+
+
+def test_recovery_removes_what_did_not_finish(tmp_path: Path) -> None:
+    commit.publish(stage(tmp_path, 10, {"a": b"1"}), 10)
+    stage(tmp_path, 20, {"a": b"1"}, seal=False)
+    (tmp_path / new_trash_name("iter_0000005") / "sub").mkdir(parents=True)
+    (tmp_path / ".latest_train_state.pt.bridge-tmp").touch()
+    (tmp_path / "notes.txt").touch()
+    commit.recover(tmp_path)
+    assert tree(tmp_path) == {"iter_0000010", "iter_0000010/a", "iter_0000010/manifest.json", "notes.txt"}
+
+
+def test_recovery_finishes_a_replacement_that_was_cut_between_its_renames(tmp_path: Path) -> None:
+    old = commit.publish(stage(tmp_path, 10, {"a": b"old"}), 10)
+    stage(tmp_path, 10, {"a": b"new"})
+    old.rename(tmp_path / new_trash_name(old.name))
+    commit.recover(tmp_path)
+    assert tree(tmp_path) == {"iter_0000010", "iter_0000010/a", "iter_0000010/manifest.json"}
+    assert (tmp_path / "iter_0000010" / "a").read_bytes() == b"new"
+
+
+def test_recovery_never_lets_a_leftover_replace_a_published_checkpoint(tmp_path: Path) -> None:
+    commit.publish(stage(tmp_path, 10, {"a": b"published"}), 10)
+    stage(tmp_path, 10, {"a": b"left over"})
+    commit.recover(tmp_path)
+    assert (tmp_path / "iter_0000010" / "a").read_bytes() == b"published"
+    assert tree(tmp_path) == {"iter_0000010", "iter_0000010/a", "iter_0000010/manifest.json"}
+
+
+def test_recovery_does_not_publish_a_sealed_directory_that_lost_bytes(tmp_path: Path) -> None:
+    staging = stage(tmp_path, 10, {"a": b"0123"})
+    (staging / "a").write_bytes(b"012")
+    commit.recover(tmp_path)
+    assert tree(tmp_path) == set()
+
+
+def test_recovery_runs_once_in_a_process(tmp_path: Path) -> None:
+    context: dict[str, object] = {}
+    commit.recover_once(tmp_path, context)
+    leftover = tmp_path / new_saving_name(10)
+    leftover.mkdir()
+    commit.recover_once(tmp_path, context)
+    assert leftover.exists()
+    commit.recover_once(tmp_path, {})
+    assert not leftover.exists()
