@@ -1,0 +1,94 @@
+"""Ranks act as one: results, errors and lost ranks, on real gloo ranks."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.errors import CheckpointError, CheckpointNotFoundError
+from tests.distributed.launch import init_ranks, run_ranks
+
+
+def outcome(action: Callable[[], Any]) -> tuple[str, str]:
+    """What a call came to: its value, or the error's type and message."""
+    try:
+        return "returned", repr(action())
+    except CheckpointError as error:
+        return type(error).__name__, str(error)
+
+
+def fail_on(ranks: Ranks, *failing: int, error: type[Exception] = OSError) -> Callable[[], int]:
+    def action() -> int:
+        if ranks.rank in failing:
+            raise error("disk on fire")
+        return ranks.rank
+
+    return action
+
+
+def exchanges() -> list[tuple[str, str]]:
+    init_ranks()
+    ranks = Ranks.current()
+    assert Ranks.current() is ranks
+    return [
+        outcome(lambda: ranks.run("working", fail_on(ranks))),
+        outcome(lambda: ranks.run("working", fail_on(ranks, 1))),
+        outcome(lambda: ranks.run("working", fail_on(ranks, 0, 2))),
+        outcome(lambda: ranks.run("working", fail_on(ranks, 1, error=CheckpointNotFoundError))),
+        outcome(lambda: ranks.first("deciding", lambda: {"path": "a"})),
+        outcome(lambda: ranks.first("deciding", fail_on(ranks, 0))),
+        outcome(lambda: ranks.first("deciding", fail_on(ranks, 0, error=CheckpointNotFoundError))),
+        outcome(lambda: ranks.gather_all("asking", ranks.rank * 10)),
+        outcome(lambda: ranks.gather_first("asking", ranks.rank * 10)),
+        outcome(lambda: ranks.all_true("asking", ranks.rank != 1)),
+        outcome(lambda: ranks.all_true("asking", True)),
+    ]
+
+
+def test_every_rank_has_the_same_outcome() -> None:
+    first, second, third = run_ranks(exchanges, 3)
+    assert first[0] == ("returned", "0")
+    assert third[0] == ("returned", "2")
+    assert first[1:8] == second[1:8] == third[1:8]
+    assert first[1:8] == [
+        ("CheckpointError", "working failed on rank 1: OSError: disk on fire"),
+        ("CheckpointError", "working failed on rank 0, 2: OSError: disk on fire"),
+        ("CheckpointNotFoundError", "working failed on rank 1: disk on fire"),
+        ("returned", "{'path': 'a'}"),
+        ("CheckpointError", "deciding: OSError: disk on fire"),
+        ("CheckpointNotFoundError", "disk on fire"),
+        ("returned", "[0, 10, 20]"),
+    ]
+    assert first[8] == ("returned", "[0, 10, 20]")
+    assert second[8] == third[8] == ("returned", "None")
+    assert [first[9], first[10]] == [("returned", "False"), ("returned", "True")]
+
+
+def rank_one_leaves() -> tuple[str, str, float]:
+    init_ranks()
+    ranks = Ranks.current()
+    ranks.run("meeting once", lambda: None)
+    if ranks.rank == 1:
+        return "left", "", 0.0
+    begun = time.monotonic()
+    kind, message = outcome(lambda: ranks.run("meeting again", lambda: None))
+    return kind, message, time.monotonic() - begun
+
+
+def test_a_rank_that_is_gone_is_named_within_seconds() -> None:
+    results = run_ranks(rank_one_leaves, 3, timeout=60)
+    for kind, message, seconds in (results[0], results[2]):
+        assert kind == "RankLostError"
+        assert message.startswith("rank 1 did not arrive at the checkpoint layer's exchange after 'meeting again'")
+        assert seconds < 30
+
+
+def test_a_single_process_needs_no_torch_distributed() -> None:
+    ranks = Ranks.current()
+    assert (ranks.rank, ranks.size, ranks.is_first) == (0, 1, True)
+    assert ranks.run("working", lambda: 5) == 5
+    assert ranks.gather_first("asking", 7) == [7]
+    assert outcome(lambda: ranks.run("working", fail_on(ranks, 0))) == (
+        "CheckpointError",
+        "working failed on rank 0: OSError: disk on fire",
+    )
