@@ -1,7 +1,7 @@
 """Run a function on several ranks: import once, fork the ranks, collect what they return.
 
 A real `torchrun` start costs 6 to 11 seconds, most of it imports; forking costs about one. The parent imports
-torch, Megatron-Core and bridge, but never initializes gloo and starts no thread, so its children are clean.
+torch, Megatron-Core and bridge, but never starts torch.distributed, whose threads would not survive the fork.
 """
 
 from __future__ import annotations

@@ -77,13 +77,14 @@ class Ranks:
 
         Raises:
             CheckpointError: `action` raised on some rank. Every rank raises, with the type of the lowest
-                failing rank's error if that is one of ours, and a message that names the failing ranks.
+                failing rank's error if that is one of ours, and a message that names the failing ranks (where
+                all of them failed for the same reason, only the reason).
         """
         result, error = _attempt(action)
         failure = None if error is None else Failure.of(self.rank, error)
         failures = [f for f in self.gather_all(phase, failure) if f is not None]
         if failures:
-            raise _combined(phase, failures) from error
+            raise _combined(phase, failures, self.size) from error
         return result  # type: ignore[return-value]
 
     def first(self, phase: str, action: Callable[[], T]) -> T:
@@ -163,10 +164,13 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _combined(phase: str, failures: list[Failure]) -> CheckpointError:
-    known = ERRORS_BY_NAME.get(failures[0].kind, CheckpointError)
+def _combined(phase: str, failures: list[Failure], size: int) -> CheckpointError:
+    known = ERRORS_BY_NAME.get(failures[0].kind)
     by_text: dict[str, list[int]] = {}
     for failure in failures:
         by_text.setdefault(failure.text(), []).append(failure.rank)
+    if len(by_text) == 1 and len(failures) == size:
+        (text,) = by_text
+        return known(text) if known else CheckpointError(f"{phase} failed: {text}")
     parts = [f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in by_text.items()]
-    return known(f"{phase} failed on {'; '.join(parts)}")
+    return (known or CheckpointError)(f"{phase} failed on {'; '.join(parts)}")

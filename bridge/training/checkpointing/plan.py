@@ -177,6 +177,8 @@ def _yaml(flag: bool) -> str:
 
 def _changed_sizes(saved: Layout, wanted: Layout, ignored: tuple[str, ...]) -> str:
     """`the tensor size was 2 and is 1`, for every size that differs; empty if none does."""
+    if max(saved.expert, wanted.expert) == 1:
+        ignored = (*ignored, "expert_tensor")
     changes = [
         f"the {item.name.replace('_', '-')} size was {getattr(saved, item.name)} and is {getattr(wanted, item.name)}"
         for item in fields(Layout)

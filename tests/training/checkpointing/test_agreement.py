@@ -35,6 +35,8 @@ def exchanges() -> list[tuple[str, str]]:
         outcome(lambda: ranks.run("working", fail_on(ranks, 1))),
         outcome(lambda: ranks.run("working", fail_on(ranks, 0, 2))),
         outcome(lambda: ranks.run("working", fail_on(ranks, 1, error=CheckpointNotFoundError))),
+        outcome(lambda: ranks.run("working", fail_on(ranks, 0, 1, 2, error=CheckpointNotFoundError))),
+        outcome(lambda: ranks.run("working", fail_on(ranks, 0, 1, 2))),
         outcome(lambda: ranks.first("deciding", lambda: {"path": "a"})),
         outcome(lambda: ranks.first("deciding", fail_on(ranks, 0))),
         outcome(lambda: ranks.first("deciding", fail_on(ranks, 0, error=CheckpointNotFoundError))),
@@ -49,19 +51,21 @@ def test_every_rank_has_the_same_outcome() -> None:
     first, second, third = run_ranks(exchanges, 3)
     assert first[0] == ("returned", "0")
     assert third[0] == ("returned", "2")
-    assert first[1:8] == second[1:8] == third[1:8]
-    assert first[1:8] == [
+    assert first[1:10] == second[1:10] == third[1:10]
+    assert first[1:10] == [
         ("CheckpointError", "working failed on rank 1: OSError: disk on fire"),
         ("CheckpointError", "working failed on rank 0, 2: OSError: disk on fire"),
         ("CheckpointNotFoundError", "working failed on rank 1: disk on fire"),
+        ("CheckpointNotFoundError", "disk on fire"),
+        ("CheckpointError", "working failed: OSError: disk on fire"),
         ("returned", "{'path': 'a'}"),
         ("CheckpointError", "deciding: OSError: disk on fire"),
         ("CheckpointNotFoundError", "disk on fire"),
         ("returned", "[0, 10, 20]"),
     ]
-    assert first[8] == ("returned", "[0, 10, 20]")
-    assert second[8] == third[8] == ("returned", "None")
-    assert [first[9], first[10]] == [("returned", "False"), ("returned", "True")]
+    assert first[10] == ("returned", "[0, 10, 20]")
+    assert second[10] == third[10] == ("returned", "None")
+    assert [first[11], first[12]] == [("returned", "False"), ("returned", "True")]
 
 
 def rank_one_leaves() -> tuple[str, str, float]:
@@ -90,5 +94,5 @@ def test_a_single_process_needs_no_torch_distributed() -> None:
     assert ranks.gather_first("asking", 7) == [7]
     assert outcome(lambda: ranks.run("working", fail_on(ranks, 0))) == (
         "CheckpointError",
-        "working failed on rank 0: OSError: disk on fire",
+        "working failed: OSError: disk on fire",
     )

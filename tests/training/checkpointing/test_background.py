@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 
 from bridge.training.checkpointing.background import ForkedCall
@@ -31,13 +32,13 @@ def test_a_killed_process_is_noticed() -> None:
     call = ForkedCall(lambda: time.sleep(60), "writer")
     assert not call.poll()
     os.kill(call.pid, signal.SIGKILL)
-    with pytest.raises(CheckpointSaveError, match="^the writer process was killed by SIGKILL$"):
+    with pytest.raises(CheckpointSaveError, match=r"^the writer process was killed by SIGKILL$"):
         call.result()
 
 
 def test_a_process_that_exits_without_a_result_is_noticed() -> None:
     call = ForkedCall(lambda: os._exit(3), "writer")
-    with pytest.raises(CheckpointSaveError, match="^the writer process ended with status 3 and no result$"):
+    with pytest.raises(CheckpointSaveError, match=r"^the writer process ended with status 3 and no result$"):
         call.result()
 
 
@@ -85,7 +86,6 @@ def test_kill_ends_it_at_once() -> None:
 
 def _is_running(pid: int) -> bool:
     try:
-        with open(f"/proc/{pid}/stat") as stream:
-            return stream.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False

@@ -73,9 +73,7 @@ def test_a_plain_resume_restores_everything() -> None:
         ("data_iterator", {"data_iterator_ranks": 0}, {}, "not saved; the position follows from the consumed samples"),
     ],
 )
-def test_parts_that_are_left_out_say_why(
-    part: str, saved: dict[str, Any], wanted: dict[str, Any], reason: str
-) -> None:
+def test_parts_that_are_left_out_say_why(part: str, saved: dict[str, Any], wanted: dict[str, Any], reason: str) -> None:
     plan = plan_load(replace(SAVED, **saved), replace(WANTED, **wanted))
     assert getattr(plan, part) == Part(False, reason)
 

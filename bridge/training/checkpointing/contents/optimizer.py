@@ -50,12 +50,24 @@ def generate_optimizer_state_dict(
         model_sections = dict(model_state_dict)
     sections: dict[str, Any] = {}
     if optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
+        _allocate_state(optimizer)
         sections[OPTIMIZER] = optimizer.sharded_state_dict(
             model_sections, is_loading=is_loading, **(optim_sd_kwargs or {})
         )
     if scheduler is not None:
         sections[SCHEDULER] = scheduler.state_dict()
     return sections
+
+
+def _allocate_state(optimizer: Any) -> None:
+    """Give an optimizer that has not stepped yet the zero moments that its first step would start from.
+
+    A checkpoint without them could not be loaded: loading asks for every moment.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if inner is not None and not inner.state:
+            part.init_state_fn(inner, part.config)
 
 
 def load_optimizer(optimizer: Any, state_dict: Mapping[str, Any]) -> None:

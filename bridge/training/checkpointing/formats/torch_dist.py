@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 BACKEND = "torch_dist"
 VERSION = 1
 _CONTENT_METADATA = "content_metadata"
+_LONGEST_REASON = 400  # characters
 
 
 class PlanningStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -151,11 +152,18 @@ def load(
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost message: torch wraps each rank's exception, with its traceback, in a dictionary."""
-    failures = getattr(error, "failures", None)
-    if not failures:
-        return str(error)
-    return "; ".join(f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in sorted(failures.items()))
+    """The causes, with the ranks that met them: torch wraps each rank's exception and traceback in a dictionary."""
+    ranks_by_cause: dict[str, list[str]] = {}
+    for rank, (cause, _) in sorted(getattr(error, "failures", {}).items()):
+        ranks_by_cause.setdefault(_shortened(f"{type(cause).__name__}: {cause}"), []).append(str(rank))
+    if not ranks_by_cause:
+        return _shortened(str(error))
+    return "; ".join(f"{cause} (rank {', '.join(ranks)})" for cause, ranks in ranks_by_cause.items())
+
+
+def _shortened(text: str) -> str:
+    """Without the lists of all keys that torch and megatron-core append."""
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"
 
 
 def _validate_sharding(sharded: Any, common: dict[str, Any], ranks: Ranks) -> None:

@@ -1,88 +1,87 @@
-"""A run small enough for tests, on synthetic data, and everything of it that must be equal bit for bit."""
+"""A GPT that trains in milliseconds, and everything of its run that must be equal bit for bit."""
 
 from __future__ import annotations
 
 import hashlib
 import pickle
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import tensor_parallel
 
-from bridge.training.callbacks import CallbackManager
-from bridge.training.config import ConfigContainer, load_config
+from bridge.training.callbacks import CallbackContext, CallbackManager
+from bridge.training.config import (
+    ConfigContainer,
+    DatasetConfig,
+    GPTModelConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
 from bridge.training.setup import Run, setup
 from bridge.training.train import train
 
-TINY = """
-model: {num_layers: 2, hidden_size: 32, num_attention_heads: 4, seq_length: 16, vocab_size: 64,
-        make_vocab_size_divisible_by: 16, attention_dropout: 0.1, hidden_dropout: 0.1}
-optimizer: {lr: 0.01, min_lr: 0.0001}
-scheduler: {lr_warmup_iters: 2}
-train: {train_iters: 6, micro_batch_size: 2, global_batch_size: 8}
-dataset: {mock: true}
-tokenizer: {tokenizer_type: NullTokenizer, vocab_size: 63}
-logger: {log_level: WARNING}
-"""
-
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "world 1": (1, []),
-    "DP2, distributed optimizer": (2, []),
-    "DP2, plain optimizer": (2, ["ddp.use_distributed_optimizer=false"]),
-    "TP2": (2, ["model.tensor_model_parallel_size=2"]),
-    "PP2": (2, ["model.pipeline_model_parallel_size=2"]),
-    "PP2 VPP2": (
-        2,
-        [
-            "model.pipeline_model_parallel_size=2",
-            "model.num_layers=4",
-            "model.virtual_pipeline_model_parallel_size=2",
-        ],
-    ),
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "DP2": (2, {}),
+    "TP2": (2, {"tensor_model_parallel_size": 2}),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}),
+    "PP2 with VPP2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    "TP2 x PP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "EP2": (
         2,
-        [
-            "model.num_moe_experts=4",
-            "model.expert_model_parallel_size=2",
-            "model.add_bias_linear=false",
-            "model.moe_aux_loss_coeff=0.01",
-        ],
+        {
+            "expert_model_parallel_size": 2,
+            "num_moe_experts": 4,
+            "moe_aux_loss_coeff": 0.01,
+            "add_bias_linear": False,
+        },
     ),
-    "TP2 PP2": (4, ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"]),
-    "DP2 bf16": (2, ["model.precision=bf16"]),
 }
-"""Name → (world size, overrides)."""
+"""World size and model settings of every way to spread a run that the tests cover; dropout is on in all."""
 
 
-def tiny_config(directory: Path, *overrides: str) -> ConfigContainer:
-    """The tiny run with overrides; `directory` holds its recipe."""
-    directory.mkdir(parents=True, exist_ok=True)
-    recipe = directory / "tiny.yaml"
-    if not recipe.exists():
-        recipe.write_text(TINY)
-    return load_config(recipe, (), overrides)
+def tiny_config(*, train_iters: int = 4, **settings: dict[str, Any]) -> ConfigContainer:
+    """A valid configuration on synthetic data. `settings` are sections: `tiny_config(model={"num_layers": 2})`."""
+    cfg = ConfigContainer(
+        model=GPTModelConfig(
+            num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=32, make_vocab_size_divisible_by=16
+        ),
+        optimizer=OptimizerConfig(lr=0.01, min_lr=1e-4),
+        scheduler=SchedulerConfig(lr_warmup_iters=1),
+        train=TrainingConfig(train_iters=train_iters, micro_batch_size=2, global_batch_size=8),
+        dataset=DatasetConfig(mock=True),
+        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=255),
+    )
+    for section, values in settings.items():
+        for name, value in values.items():
+            if not hasattr(getattr(cfg, section), name):
+                raise AttributeError(f"{section} has no setting {name}")
+            setattr(getattr(cfg, section), name, value)
+    return cfg
 
 
-class Recorder:
-    """Callbacks that note each iteration's learning-rate-independent state, and each published checkpoint."""
+class SavedCheckpoints:
+    """Notes what `on_checkpoint_save` tells: directory name, iteration and kind."""
 
     def __init__(self) -> None:
         self.manager = CallbackManager()
         self.saved: list[tuple[str, int, str]] = []
         self.manager.register("on_checkpoint_save", self._saved)
 
-    def _saved(self, context: Any) -> None:
+    def _saved(self, context: CallbackContext) -> None:
         info = context.checkpoint
+        assert info is not None
         self.saved.append((info.path.name, info.iteration, info.kind))
 
 
 def run_to_end(cfg: ConfigContainer) -> dict[str, Any]:
     """Train as configured on this rank; return the digests of everything and what was saved."""
-    recorder = Recorder()
-    run = setup(cfg, recorder.manager)
+    saved = SavedCheckpoints()
+    run = setup(cfg, saved.manager)
     started_at = run.state.train_state.step
     outcome = train(run)
     return {
@@ -90,7 +89,7 @@ def run_to_end(cfg: ConfigContainer) -> dict[str, Any]:
         "loaded from": run.state.loaded_from,
         "reached end": outcome.reached_end,
         "iteration": outcome.iteration,
-        "saved": recorder.saved,
+        "saved": saved.saved,
         "digests": digests(run),
     }
 

@@ -1,0 +1,44 @@
+# `make` lists the targets. PYTHON names the Python that a new .venv is made from.
+PYTHON ?= python3
+VENV := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint typecheck pytest check format clean distclean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
+
+setup: ## create .venv, or use the active environment; the other targets do this by themselves
+	@PYTHON="$(PYTHON)" scripts/setup_env.sh
+
+quickstart: setup ## train, kill and resume on 2 ranks, and compare with a run that was never killed
+	@$(VENV) scripts/quickstart.py $(ARGS)
+
+# One after the other and the fast ones first, whatever -j says: the last line is pytest's.
+test: setup ## lint, type check and all tests; .ci/run calls this
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory typecheck
+	@$(MAKE) --no-print-directory pytest
+
+lint: setup ## ruff check, ruff format --check
+	@$(VENV) -m ruff check .
+	@$(VENV) -m ruff format --check .
+
+typecheck: setup ## mypy, strict, over bridge/
+	@$(VENV) -m mypy
+
+pytest: setup ## the tests alone; ARGS='-k name' passes arguments to pytest
+	@$(VENV) -m pytest $(ARGS)
+
+check: test ## the same as test
+
+format: setup ## ruff format and the safe fixes of ruff check, in place
+	@$(VENV) -m ruff format .
+	@$(VENV) -m ruff check --fix .
+
+clean: ## delete caches and the runs of quickstart; keeps .venv and data/
+	rm -rf runs/quickstart build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and delete .venv and the prepared data
+	rm -rf .venv data/quickstart bridge.egg-info

@@ -1,0 +1,28 @@
+"""Settings that are part of the documented API and that this version does not carry out."""
+
+from __future__ import annotations
+
+NOT_AVAILABLE: frozenset[str] = frozenset(
+    {
+        "peft",
+        "ddp.use_megatron_fsdp",
+        "checkpoint.load_main_params_from_ckpt",
+        "checkpoint.pretrained_checkpoint",
+        "checkpoint.finetune",
+        "checkpoint.ckpt_format",
+        "checkpoint.ckpt_assume_constant_structure",
+        "checkpoint.non_persistent_save_interval",
+        "checkpoint.non_persistent_ckpt_type",
+        "checkpoint.non_persistent_global_ckpt_dir",
+        "checkpoint.non_persistent_local_ckpt_dir",
+        "checkpoint.non_persistent_local_ckpt_algo",
+        "checkpoint.replication",
+        "checkpoint.replication_jump",
+        "checkpoint.replication_factor",
+        "checkpoint.dist_ckpt_optim_fully_reshardable",
+        "checkpoint.distrib_optim_fully_reshardable_mem_efficient",
+        "checkpoint.most_recent_k",
+        "checkpoint.strict_fsdp_dtensor_load",
+    }
+)
+"""Settings that may hold nothing but their default: another value is refused, never ignored."""

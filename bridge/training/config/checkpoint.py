@@ -1,0 +1,143 @@
+"""Saving and loading: `CheckpointConfig`, with every documented field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bridge.training.config.errors import ConfigError
+from bridge.training.config.validation import checkpoint_violations
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """What is saved when and where, what is loaded, and how both are done.
+
+    A field that this version does not carry out is refused when it is set (see `availability`).
+    """
+
+    save: str | None = None
+    """Directory that receives the checkpoints; None saves nothing."""
+
+    save_interval: int | None = None
+    """Iterations between persistent saves. None saves at the end only, 0 not even then."""
+
+    save_optim: bool = True
+    """Whether optimizer and parameter scheduler are saved."""
+
+    save_rng: bool = True
+    """Whether the random number generators are saved."""
+
+    save_tokenizer_assets: bool = True
+    """Whether the tokenizer's files are copied into each checkpoint."""
+
+    async_save: bool = False
+    """Whether training goes on while a checkpoint is written. Needs `save` and the format `torch_dist`."""
+
+    load: str | None = None
+    """Directory of checkpoints to start from: the base directory, not an `iter_N` inside it."""
+
+    load_optim: bool = True
+    """Whether optimizer and parameter scheduler are loaded."""
+
+    load_rng: bool = True
+    """Whether the random number generators are loaded."""
+
+    load_main_params_from_ckpt: bool = False
+    """Whether the optimizer's main parameters come from the checkpoint's; use with `load_optim` false."""
+
+    ckpt_step: int | None = None
+    """Iteration to load instead of the one that the tracker names. It must exist."""
+
+    exit_on_missing_checkpoint: bool = False
+    """Whether an empty `load` is an error; otherwise training starts afresh, with a warning."""
+
+    dist_ckpt_strictness: Literal[
+        "assume_ok_unexpected",
+        "log_unexpected",
+        "log_all",
+        "raise_unexpected",
+        "raise_all",
+        "return_unexpected",
+        "return_all",
+        "ignore_all",
+    ] = "assume_ok_unexpected"
+    """What happens when the checkpoint's keys and the requested keys differ."""
+
+    pretrained_checkpoint: str | None = None
+    """Directory of a checkpoint whose model fine-tuning starts from."""
+
+    finetune: bool = False
+    """Whether only the model is loaded, and training counts from zero."""
+
+    ckpt_format: Literal["torch_dist", "zarr", "fsdp_dtensor"] = "torch_dist"
+    """How sharded state is stored."""
+
+    fully_parallel_save: bool = True
+    """Whether data-parallel ranks share the writing."""
+
+    fully_parallel_load: bool = False
+    """Whether data-parallel ranks share the reading and exchange what they read."""
+
+    ckpt_assume_constant_structure: bool = False
+    """Whether a save may reuse the plan of the one before it."""
+
+    storage_writers_per_rank: int = 1
+    """Files that each rank writes at the same time."""
+
+    strict_fsdp_dtensor_load: bool = False
+    """Whether a `fsdp_dtensor` checkpoint must hold everything that is requested."""
+
+    most_recent_k: int = -1
+    """Checkpoints to keep, the newest first; -1 keeps all."""
+
+    non_persistent_save_interval: int | None = None
+    """Iterations between non-persistent saves."""
+
+    non_persistent_ckpt_type: Literal["global", "local", "in_memory", "None"] | None = None
+    """Kind of non-persistent checkpoint; the text "None" means None."""
+
+    non_persistent_global_ckpt_dir: str | None = None
+    """Directory of global non-persistent checkpoints; None is `non_persistent` inside `save`."""
+
+    non_persistent_local_ckpt_dir: str | None = None
+    """Directory, on each node, of local checkpoints."""
+
+    non_persistent_local_ckpt_algo: Literal["fully_parallel", "atomic"] = "fully_parallel"
+    """How the state is divided among ranks in local checkpoints."""
+
+    replication: bool = False
+    """Whether local checkpoints are replicated to other ranks."""
+
+    replication_jump: int | None = None
+    """Distance between ranks that hold copies of one another's state."""
+
+    replication_factor: int = 2
+    """Ranks that hold each rank's state, itself included."""
+
+    dist_ckpt_optim_fully_reshardable: bool = False
+    """Whether optimizer state can be loaded under other TP, PP and EP sizes too, not only other DP sizes."""
+
+    distrib_optim_fully_reshardable_mem_efficient: bool = False
+    """Whether a fully reshardable save and load spare memory at the cost of time."""
+
+    custom_manager_class: str | None = None
+    """Dotted path of a class that implements the `CheckpointManager` protocol; None is the built-in one."""
+
+    def __post_init__(self) -> None:
+        # The documented Literal spells "no type" in two ways; everything else needs to know only one.
+        if self.non_persistent_ckpt_type == "None":
+            self.non_persistent_ckpt_type = None
+
+    def violations(self) -> list[str]:
+        """What is wrong with this section alone, one line for each problem, empty when all is well."""
+        return checkpoint_violations(self)
+
+    def check(self) -> None:
+        """Refuse this section if anything is wrong with it.
+
+        Raises:
+            ConfigError: it has violations; the message lists all of them.
+        """
+        if problems := self.violations():
+            raise ConfigError(problems)

@@ -1,0 +1,108 @@
+"""All violations of a configuration: types, settings that this version lacks, and rules between settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from bridge.training.config import parallel_rules, rules
+from bridge.training.config.availability import NOT_AVAILABLE
+from bridge.training.config.checkpoint_rules import checkpoint_rules
+from bridge.training.config.schema import (
+    Mismatch,
+    Violation,
+    convert,
+    default_of,
+    field_types,
+    is_section,
+    show,
+)
+
+if TYPE_CHECKING:
+    from bridge.training.config.checkpoint import CheckpointConfig
+    from bridge.training.config.container import ConfigContainer
+
+Rule = Callable[..., Iterator[Violation]]
+
+RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
+    (("model",), rules.architecture_rules),
+    (("model",), rules.mixture_of_experts_rules),
+    (("model",), rules.recompute_rules),
+    (("model",), parallel_rules.model_parallel_rules),
+    (("optimizer",), rules.optimizer_rules),
+    (("optimizer", "model", "ddp"), rules.loss_scale_rules),
+    (("scheduler", "optimizer", "train"), rules.scheduler_rules),
+    (("ddp", "optimizer"), rules.ddp_rules),
+    (("train",), rules.training_rules),
+    (("dataset",), rules.dataset_rules),
+    (("tokenizer",), rules.tokenizer_rules),
+    (("rng", "dist", "logger"), rules.run_rules),
+    (("checkpoint",), checkpoint_rules),
+)
+"""Every rule with the sections that it reads, in the order in which violations are reported."""
+
+
+def violations(config: ConfigContainer, world_size: int | None) -> list[str]:
+    """One line for each thing that is wrong, empty when all is well.
+
+    A rule is left out while one of its sections holds a value of the wrong type, and what a rule says about a
+    setting that this version lacks is left out beside the refusal of that setting.
+    """
+    found: list[Violation] = []
+    well_typed: dict[str, Any] = {}
+    for name, declared in field_types(type(config)).items():
+        section = getattr(config, name)
+        if not is_section(declared):
+            found += _field_violations(config, name, declared, setting=name)
+        elif type(section) is not declared:
+            found.append(Violation(name, section, "is not valid", f"set it to a {declared.__name__}"))
+        else:
+            found += _section_violations(name, section)
+            if _is_well_typed(section):
+                well_typed[name] = section
+    refused = {violation.setting for violation in found}
+    for sections, rule in RULES:
+        if well_typed.keys() >= set(sections):
+            broken = rule(*(well_typed[name] for name in sections))
+            found += [violation for violation in broken if violation.setting not in refused]
+    if world_size is not None and well_typed.keys() >= {"model", "train"}:
+        found += parallel_rules.world_size_rules(config.model, config.train, world_size)
+    return [str(violation) for violation in found]
+
+
+def checkpoint_violations(section: CheckpointConfig) -> list[str]:
+    """What is wrong with a `CheckpointConfig` on its own, in the words of `violations`."""
+    found = list(_section_violations("checkpoint", section))
+    refused = {violation.setting for violation in found}
+    if _is_well_typed(section):
+        found += [violation for violation in checkpoint_rules(section) if violation.setting not in refused]
+    return [str(violation) for violation in found]
+
+
+def _section_violations(name: str, section: Any) -> Iterator[Violation]:
+    """Settings of one section that this version lacks or whose values have the wrong type."""
+    for field, declared in field_types(type(section)).items():
+        yield from _field_violations(section, field, declared, setting=f"{name}.{field}")
+
+
+def _field_violations(section: Any, field: str, declared: Any, setting: str) -> Iterator[Violation]:
+    """At most one: a setting that this version lacks has no better value than its default."""
+    value, default = getattr(section, field), default_of(type(section), field)
+    if setting in NOT_AVAILABLE:
+        if type(value) is not type(default) or value != default:
+            yield Violation(setting, value, "is not available in this version", f"leave it at {show(default)}")
+        return
+    try:
+        convert(value, declared)
+    except Mismatch as error:
+        yield Violation(setting, value, "is not valid", f"set it to {error.wanted}")
+
+
+def _is_well_typed(section: Any) -> bool:
+    """Whether rules can compute with every value of a section."""
+    try:
+        for field, declared in field_types(type(section)).items():
+            convert(getattr(section, field), declared)
+    except Mismatch:
+        return False
+    return True

@@ -1,0 +1,157 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+from bridge import accelerator
+from bridge.training.callbacks import CallbackContext, CallbackManager
+from bridge.training.checkpointing import CheckpointSaveContext
+from bridge.training.config import ConfigContainer
+from bridge.training.exit_conditions import ExitWatch, SignalFlag, decide_after_step, final_save_due
+from bridge.training.flops import add_flops
+from bridge.training.initialize import shut_down
+from bridge.training.metrics import MetricsFile, StepMetrics, log_step
+from bridge.training.optimizer import required_train_iters
+from bridge.training.setup import Run, setup
+from bridge.training.step import train_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """How a run came to its end, the same on every rank."""
+
+    reached_end: bool
+    """Whether `train.train_iters` iterations are completed; False after a planned early exit."""
+    reason: str
+    iteration: int
+    """Completed iterations."""
+
+
+def pretrain(cfg: ConfigContainer, callbacks: CallbackManager | None = None) -> TrainOutcome:
+    """Train as `cfg` says: set up, load, train, save. Collective over all ranks.
+
+    Starts torch.distributed from torchrun's variables and leaves it at the end. A caller that has started it
+    keeps it, and may call this again: torch cannot reliably start a second time at the same address.
+
+    Raises:
+        Whatever `setup` and `train` raise. The process groups are then left as they are, because ranks that
+        wait for this one would keep it from ever leaving them in order.
+    """
+    keeps_groups = dist.is_initialized()
+    outcome = train(setup(cfg, callbacks))
+    if not keeps_groups:
+        shut_down()
+    return outcome
+
+
+def train(run: Run) -> TrainOutcome:
+    """Run the iterations that are left, and finish every save. Collective over all ranks.
+
+    Raises:
+        DataExhaustedError: the data ended before `train.train_iters`.
+        CheckpointError: a save failed; on every rank.
+    """
+    progress = run.state.train_state
+    train_iters = required_train_iters(run.cfg)
+    first_step, last_saved, exit_reason = progress.step, None, None
+    run.callback_manager.fire("on_train_start", _callback_context(run))
+    with SignalFlag(run.cfg.train.exit_signal_handler) as flag, MetricsFile(_metrics_path(run)) as metrics_file:
+        watch = ExitWatch(run.cfg.train, flag)
+        while progress.step < train_iters and exit_reason is None:
+            run.manager.finalize_async_saves(run.state, blocking=False)
+            _iterate(run, metrics_file, train_iters)
+            signal_received, duration_exceeded = watch.agree()
+            decision = decide_after_step(
+                progress.step,
+                run.cfg.train,
+                run.cfg.checkpoint,
+                signal_received=signal_received,
+                duration_exceeded=duration_exceeded,
+            )
+            exit_reason = decision.exit_reason
+            if decision.save:
+                _save(run)
+                last_saved = progress.step
+        if exit_reason is None and final_save_due(progress.step, first_step, last_saved, run.cfg.checkpoint):
+            _save(run)
+        run.manager.finalize_async_saves(run.state, blocking=True, terminate=True)
+    run.callback_manager.fire("on_train_end", _callback_context(run))
+    reached_end = progress.step >= train_iters
+    reason = f"train.train_iters ({train_iters}) reached" if reached_end else str(exit_reason)
+    logger.info("training ended after iteration %d: %s", progress.step, reason)
+    return TrainOutcome(reached_end, reason, progress.step)
+
+
+def _iterate(run: Run, metrics_file: MetricsFile, train_iters: int) -> None:
+    """One iteration, with everything that counts it."""
+    progress = run.state.train_state
+    started = time.perf_counter()
+    update_num_microbatches(progress.consumed_train_samples, verbose=True)
+    batch_size = get_current_global_batch_size()
+    lr = get_canonical_lr_for_logging(run.optimizer.param_groups)
+    result = train_step(run.cfg, run.model, run.optimizer, run.scheduler, run.train_data_iterator)
+    accelerator.synchronize()
+
+    progress.step += 1
+    progress.consumed_train_samples += batch_size
+    if not result.updated:
+        progress.skipped_train_samples += batch_size
+    progress.floating_point_operations_so_far = add_flops(
+        progress.floating_point_operations_so_far, batch_size * run.flops_per_sequence
+    )
+    if _is_last_rank() and result.loss is not None:
+        metrics = StepMetrics(
+            iteration=progress.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            consumed_train_samples=progress.consumed_train_samples,
+            seconds=time.perf_counter() - started,
+            skipped=not result.updated,
+        )
+        metrics_file.write(metrics)
+        if progress.step % run.cfg.logger.log_interval == 0:
+            log_step(metrics, train_iters, tokens=batch_size * run.cfg.model.seq_length)
+    run.callback_manager.fire("on_train_step_end", _callback_context(run))
+
+
+def _save(run: Run) -> None:
+    if run.cfg.ddp.overlap_param_gather:
+        # The optimizer's new parameters may still be on their way to the other ranks.
+        for chunk in run.model:
+            chunk.start_param_sync(force_sync=True)
+    context = CheckpointSaveContext(
+        run.state,
+        run.model,
+        run.optimizer,
+        run.scheduler,
+        run.state.train_state.floating_point_operations_so_far,
+        train_data_iterator=run.train_data_iterator,
+        non_persistent_ckpt=False,
+        pg_collection=run.pg_collection,
+    )
+    run.manager.save(context, run.callback_manager)
+
+
+def _callback_context(run: Run) -> CallbackContext:
+    return CallbackContext(run.state, run.model, run.optimizer, run.scheduler)
+
+
+def _is_last_rank() -> bool:
+    """The rank that reports: it is in the last pipeline stage, where the loss is."""
+    return bool(dist.get_rank() == dist.get_world_size() - 1)
+
+
+def _metrics_path(run: Run) -> Path | None:
+    path = run.cfg.logger.metrics_path
+    return Path(path) if path is not None and _is_last_rank() else None

@@ -1,0 +1,92 @@
+"""Kill a whole job, from outside the code under test, at a chosen file operation.
+
+Python reports every opening, renaming, making and removing of a file to its audit hooks, whoever asks for
+it. A hook in each process of the job counts those that touch one directory, in one counter that all share,
+and at the chosen one it sends SIGKILL to every process of the job's session: ranks, writers, everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.launch import run_ranks
+
+_CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
+
+
+def run_until(
+    operation: int | None, watched: Path, fn: Callable[..., Any], world_size: int, *args: Any
+) -> tuple[bool, int]:
+    """Run a job and kill it just before its `operation`-th file operation in `watched` (None: let it end).
+
+    Returns:
+        Whether the job was killed, and how many operations it began.
+    """
+    counter = multiprocessing.get_context("fork").Value("i", 0)
+    leader = os.fork()
+    if leader == 0:
+        status = 1
+        try:
+            os.setsid()
+            run_ranks(_watched, world_size, counter, operation, str(watched), fn, args)
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(leader, 0)
+    _kill_session(leader)
+    killed = os.WIFSIGNALED(status)
+    if not killed and os.waitstatus_to_exitcode(status) != 0:
+        raise AssertionError(f"the job failed by itself before operation {operation}")
+    return killed, counter.get_obj().value  # not counter.value: a killed process may hold its lock
+
+
+def _watched(counter: Any, operation: int | None, watched: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    session = os.getsid(0)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if not _is_change(event, arguments) or not _touches(arguments, watched):
+            return
+        with counter.get_lock():
+            counter.value += 1
+            if counter.value == operation:
+                _kill_session(session)
+
+    sys.addaudithook(hook)
+    fn(*args)
+
+
+def _is_change(event: str, arguments: tuple[Any, ...]) -> bool:
+    if event == "open":
+        flags = arguments[2]
+        return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_DIRECTORY))
+    return event in _CHANGES
+
+
+def _touches(arguments: tuple[Any, ...], watched: str) -> bool:
+    return any(isinstance(a, (str, bytes, os.PathLike)) and os.fsdecode(a).startswith(watched) for a in arguments)
+
+
+def _kill_session(session: int) -> None:
+    """SIGKILL to every process of a session, the caller last if it is one of them."""
+    members = [
+        pid
+        for pid in map(int, filter(str.isdigit, [entry.name for entry in Path("/proc").iterdir()]))
+        if _session_of(pid) == session
+    ]
+    for pid in sorted(members, key=lambda pid: pid == os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
