@@ -26,6 +26,10 @@ T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
+START_SECONDS = 10.0
+"""How long a new process may take to its first instruction in Python before it is given up and forked again."""
+_STARTS = 4
+
 
 @dataclass(frozen=True)
 class _Raised:
@@ -34,21 +38,42 @@ class _Raised:
 
 
 class ForkedCall(Generic[T]):
-    """A call of `function()` in a child process that dies with its parent."""
+    """A call of `function()` in a child process that dies with its parent.
+
+    Before Python 3.12 a child deadlocks inside `fork` if at that instant another thread, such as one of gloo's, was
+    entering or leaving Python: the interpreter's lock for that is then held by a thread that the child does not
+    have. Such a child has done nothing yet, so it is killed, and the fork is made again.
+    """
 
     def __init__(self, function: Callable[[], T], name: str) -> None:
         self.name = name
         self._outcome: T | None = None
         self._error: CheckpointSaveError | None = None
         self._done = False
-        receiver, sender = Pipe(duplex=False)
         parent = os.getpid()
-        self.pid = os.fork()
-        if self.pid == 0:
-            receiver.close()
-            _run_child(function, sender, parent)
-        sender.close()
-        self._receiver = receiver
+        for _ in range(_STARTS):
+            self._receiver, sender = Pipe(duplex=False)
+            self.pid = os.fork()
+            if self.pid == 0:
+                self._receiver.close()
+                _run_child(function, sender, parent)
+            sender.close()
+            if self._has_started():
+                return
+        self._done = True
+        self._error = CheckpointSaveError(f"the {name} process did not start in {_STARTS} tries")
+
+    def _has_started(self) -> bool:
+        """Wait for the child's first sign of life; end a child that gives none."""
+        if self._receiver.poll(START_SECONDS):
+            # A child that died instead has closed the pipe; collecting the result will say so.
+            with contextlib.suppress(EOFError):
+                self._receiver.recv_bytes()
+            return True
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self._receiver.close()
+        return False
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Whether the call has ended; waits up to `timeout` seconds (None: as long as it takes)."""
@@ -97,6 +122,7 @@ class ForkedCall(Generic[T]):
 def _run_child(function: Callable[[], Any], sender: Any, parent: int) -> NoReturn:
     status = 1
     try:
+        sender.send_bytes(b"started")
         _die_with(parent)
         # A signal for the job is the trainer's to handle; it waits for this process to finish its save.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,10 +3,12 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
+from bridge.training.checkpointing import background
 from bridge.training.checkpointing.background import ForkedCall
 from bridge.training.checkpointing.errors import CheckpointSaveError
 
@@ -82,6 +84,23 @@ def test_kill_ends_it_at_once() -> None:
     call.kill()
     assert call.poll()
     assert not _is_running(call.pid)
+
+
+def test_a_child_that_hangs_inside_fork_is_forked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hang is made by a fork handler, which runs where the interpreter's own deadlock happens."""
+
+    def hang_in_the_first_child() -> None:
+        if not (tmp_path / "hung").exists():
+            (tmp_path / "hung").touch()
+            time.sleep(60)
+
+    def fork_with_the_handler() -> str:
+        os.register_at_fork(after_in_child=hang_in_the_first_child)
+        return ForkedCall(lambda: "written", "writer").result()
+
+    monkeypatch.setattr(background, "START_SECONDS", 0.5)
+    assert ForkedCall(fork_with_the_handler, "process with a handler").result() == "written"
+    assert (tmp_path / "hung").exists()
 
 
 def _is_running(pid: int) -> bool:
