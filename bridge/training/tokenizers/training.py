@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bridge.training.tokenizers.errors import TokenizerError
+from bridge.training.tokenizers.fast import tokenizers_library
 from bridge.training.tokenizers.huggingface import (
     END_OF_DOCUMENT,
     TOKENIZER_FILE,
     HuggingFaceTokenizer,
-    tokenizers_library,
 )
 
 MIN_VOCAB_SIZE = 257
@@ -39,7 +39,7 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int, out_dir: str | os
             f"the vocabulary size is {vocab_size}; a byte-level BPE needs at least {MIN_VOCAB_SIZE}: "
             "256 bytes and the end-of-document token"
         )
-    library = tokenizers_library()
+    library = tokenizers_library("HuggingFaceTokenizer")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()

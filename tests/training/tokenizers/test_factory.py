@@ -31,7 +31,7 @@ def test_a_size_that_is_not_the_tokenizers_is_an_error(tmp_path: Path) -> None:
         (TokenizerConfig(tokenizer_type="NullTokenizer"), "tokenizer.vocab_size is not set"),
         (
             TokenizerConfig(tokenizer_type="Guesswork"),
-            "'Guesswork'; expected one of HuggingFaceTokenizer, NullTokenizer",
+            "'Guesswork'; expected one of HuggingFaceTokenizer, SentencePieceTokenizer, ",
         ),
     ],
 )
