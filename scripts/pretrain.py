@@ -3,7 +3,9 @@
     torchrun --nproc-per-node N scripts/pretrain.py --recipe FILE [--overlay FILE ...] [section.key=value ...]
 
 Without torchrun it runs as a single rank. What comes later wins: overlays over the recipe, overrides over both.
-Exit status: 0 if training reached its end, 3 after a planned early exit, 1 after an error.
+Exit status: 0 if training reached its end, 3 after a planned early exit, 1 after an error (torchrun turns every
+status but 0 into 1, and prints the rank's own);
+16 and 17 as the rerun state machine asks (16: start again to repeat the last step, 17: its result is wrong).
 """
 
 from __future__ import annotations
@@ -36,11 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         outcome = pretrain(load_config(options.recipe, options.overlay, options.overrides))
     except Exception as error:
-        traceback.print_exc()
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        _report(error)
         return EXIT_ERROR
-    return 0 if outcome.reached_end else EXIT_EARLY
+    return 0 if outcome.reached_end else outcome.exit_code or EXIT_EARLY
+
+
+def _report(error: Exception) -> None:
+    """One line for what a user can mend, on every rank; the traceback too for everything else."""
+    name = type(error).__name__
+    if isinstance(error, FileNotFoundError) and name != "FileNotFoundError":
+        name += " (a FileNotFoundError)"
+    if not type(error).__module__.startswith("bridge."):
+        traceback.print_exc()
+    rank = os.environ.get("RANK")
+    where = "" if rank is None else f" on rank {rank}"
+    print(f"error{where}: {name}: {error}", file=sys.stderr, flush=True)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 CheckpointKind = Literal["persistent", "non_persistent_global", "local", "in_memory"]
 
-EVENTS = ("on_train_start", "on_train_step_end", "on_checkpoint_save", "on_checkpoint_load", "on_train_end")
+EVENTS = ("on_train_start", "on_train_step_end", "on_checkpoint_save", "on_train_end")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class CheckpointInfo:
 
 @dataclass
 class CallbackContext:
-    """What a callback receives. `checkpoint` is set for the checkpoint events, None for the others."""
+    """What a callback receives. `checkpoint` is set for `on_checkpoint_save`, None for the others."""
 
     state: GlobalState
     model: list[Any] = field(default_factory=list)

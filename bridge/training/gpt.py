@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -169,11 +170,21 @@ def _check_overrides(overrides: dict[str, Any], named: dict[str, Any]) -> None:
         raise ConfigError(problems)
 
 
-def build_model(cfg: ConfigContainer, tokenizer_vocab_size: int) -> list[DistributedDataParallel]:
+def build_model(
+    cfg: ConfigContainer,
+    tokenizer_vocab_size: int,
+    before_wrapping: Callable[[list[torch.nn.Module]], None] | None = None,
+) -> list[DistributedDataParallel]:
     """This rank's chunks of the model, on the device, in the configured precision, wrapped in DDP.
 
     The process groups and the random state must be initialized. Replicas start equal unless
     `rng.data_parallel_random_init` is set, in which case those of data-parallel rank 0 are broadcast.
+
+    Args:
+        cfg: the run's configuration.
+        tokenizer_vocab_size: ids of the tokenizer.
+        before_wrapping: gets the chunks before DDP is put around them, which is the last moment to change what
+            requires gradients.
     """
     check_layers(cfg.model)
     config = transformer_config(cfg.model)
@@ -185,6 +196,8 @@ def build_model(cfg: ConfigContainer, tokenizer_vocab_size: int) -> list[Distrib
     stages = cfg.model.virtual_pipeline_model_parallel_size
     virtual_stages: list[int | None] = [None] if stages is None else list(range(stages))
     chunks = [_build_chunk(cfg.model, config, vocab_size, stage) for stage in virtual_stages]
+    if before_wrapping is not None:
+        before_wrapping(chunks)
     wrapped = [
         DistributedDataParallel(
             config,

@@ -100,8 +100,23 @@ def build_optimizer(cfg: ConfigContainer, model: list[Any]) -> Any:
         ),
         model,
     )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.init_state_fn is None:
+            part.init_state_fn = _init_sgd_state
     model[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def _init_sgd_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """Give SGD the state that its first step would make, so that it can be saved before and loaded into.
+
+    Megatron-Core has this for Adam only. A momentum of zero before the first step gives the same first step.
+    """
+    del config
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group["momentum"] and not optimizer.state[parameter]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.data)
 
 
 def build_scheduler(cfg: ConfigContainer, optimizer: Any, data_parallel_size: int) -> OptimizerParamScheduler:

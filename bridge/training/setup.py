@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import update_num_microbatches
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bridge import accelerator
+from bridge.peft import build_peft
 from bridge.training.callbacks import CallbackManager
 from bridge.training.checkpointing import (
     CheckpointLoadContext,
     CheckpointManager,
     create_checkpoint_manager,
 )
+from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.loading import load_pretrained
+from bridge.training.checkpointing.restoring import LiveState
 from bridge.training.config import ConfigContainer
-from bridge.training.data import TrainDataIterator, build_train_dataset
+from bridge.training.data import (
+    IteratorBuilder,
+    IteratorRequest,
+    build_train_dataset,
+    build_train_iterator,
+    restore_position,
+)
+from bridge.training.data.agreement import on_every_rank
+from bridge.training.data.iterator import Batch
 from bridge.training.flops import flops_per_sequence
 from bridge.training.gpt import build_model, padded_vocab_size
 from bridge.training.initialize import (
@@ -36,6 +50,7 @@ from bridge.training.optimizer import (
     required_train_iters,
     samples_after,
 )
+from bridge.training.rerun import configure_reruns, set_rerun_iteration
 from bridge.training.state import GlobalState
 from bridge.training.tokenizers import MegatronTokenizer, build_tokenizer
 
@@ -51,8 +66,8 @@ class Run:
     """This rank's DDP-wrapped chunks: one, or one for each virtual pipeline stage."""
     optimizer: Any
     scheduler: Any
-    train_data_iterator: TrainDataIterator | None
-    """This rank's micro-batches; None on pipeline stages that read no data."""
+    train_data_iterator: Any | None
+    """Iterates over this rank's micro-batches; None on pipeline stages that read no data."""
     manager: CheckpointManager
     callback_manager: CallbackManager
     pg_collection: Any
@@ -65,10 +80,19 @@ class Run:
         return self.state.cfg
 
 
-def setup(cfg: ConfigContainer, callbacks: CallbackManager | None = None) -> Run:
+def setup(
+    cfg: ConfigContainer,
+    callbacks: CallbackManager | None = None,
+    iterator_builder: IteratorBuilder = build_train_iterator,
+) -> Run:
     """Build a run and load its checkpoint. Collective over all ranks.
 
     Torch.distributed is started from torchrun's variables, or used as it is if it runs already.
+
+    Args:
+        cfg: the run's configuration.
+        callbacks: hear what happens.
+        iterator_builder: makes the data iterator of each rank that reads data, in place of our own.
 
     Raises:
         ConfigError: the configuration is wrong, alone or for this number of ranks.
@@ -82,13 +106,17 @@ def setup(cfg: ConfigContainer, callbacks: CallbackManager | None = None) -> Run
     initialize_distributed(cfg, launch)
     set_seeds(cfg)
     initialize_microbatches(cfg)
+    configure_reruns(cfg.rerun_state_machine)
     _log_layout(cfg)
 
     tokenizer = build_tokenizer(cfg.tokenizer)
     state = GlobalState(cfg=cfg, tokenizer=tokenizer)
     manager = create_checkpoint_manager(cfg.checkpoint)
     data_parallel_size = parallel_state.get_data_parallel_world_size()
-    model = build_model(cfg, tokenizer.vocab_size)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = build_model(
+        cfg, tokenizer.vocab_size, before_wrapping=lambda chunks: _adapt_pretrained_model(state, chunks, groups)
+    )
     optimizer = build_optimizer(cfg, model)
     scheduler = build_scheduler(cfg, optimizer, data_parallel_size)
     run = Run(
@@ -99,11 +127,11 @@ def setup(cfg: ConfigContainer, callbacks: CallbackManager | None = None) -> Run
         train_data_iterator=None,
         manager=manager,
         callback_manager=callbacks or CallbackManager(),
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        pg_collection=groups,
         flops_per_sequence=flops_per_sequence(cfg.model, padded_vocab_size(cfg.model, tokenizer.vocab_size)),
     )
     _load_checkpoint(run)
-    run.train_data_iterator = _build_data_iterator(run, tokenizer, data_parallel_size)
+    run.train_data_iterator = _build_data_iterator(run, tokenizer, data_parallel_size, iterator_builder)
     return run
 
 
@@ -122,6 +150,26 @@ def _log_layout(cfg: ConfigContainer) -> None:
         logger.warning("checkpoint.save IS NOT SET: NOTHING OF THIS RUN WILL BE SAVED")
 
 
+def _adapt_pretrained_model(state: GlobalState, chunks: list[Any], groups: Any) -> None:
+    """Load the base model and add what `peft` asks for to it; without `peft`, do nothing.
+
+    The base comes first: its checkpoint knows nothing of adapters. The run's own checkpoint, of adapters, is
+    loaded when everything is built.
+    """
+    peft = build_peft(state.cfg.peft)
+    if peft is None:
+        return
+    load_pretrained(LiveState(state, chunks, None, None, groups, None), Ranks.current())
+    peft(chunks)
+    state.peft, state.base_checkpoint = peft, state.loaded_from
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    logger.info(
+        "training %d of the %d parameters on this rank",
+        sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        sum(parameter.numel() for parameter in parameters),
+    )
+
+
 def _load_checkpoint(run: Run) -> None:
     context = CheckpointLoadContext(
         state=run.state,
@@ -134,12 +182,15 @@ def _load_checkpoint(run: Run) -> None:
     run.manager.load(context)
     progress = run.state.train_state
     update_num_microbatches(progress.consumed_train_samples)
+    set_rerun_iteration(progress.step)
     if progress.step:
         apply_configured_learning_rates(run.cfg, run.optimizer, run.scheduler)
         logger.info("continuing after iteration %d", progress.step)
 
 
-def _build_data_iterator(run: Run, tokenizer: MegatronTokenizer, data_parallel_size: int) -> TrainDataIterator | None:
+def _build_data_iterator(
+    run: Run, tokenizer: MegatronTokenizer, data_parallel_size: int, build: IteratorBuilder
+) -> Iterator[Batch] | None:
     """The micro-batches of this rank from where the checkpoint left off.
 
     Every rank builds the dataset, because ranks build its indices together; only those of the first and the
@@ -148,20 +199,27 @@ def _build_data_iterator(run: Run, tokenizer: MegatronTokenizer, data_parallel_s
     cfg, state = run.cfg, run.state
     samples = samples_after(cfg, required_train_iters(cfg), data_parallel_size)
     dataset = build_train_dataset(cfg, tokenizer, samples)
-    position, state.dataloader_state = state.dataloader_state, None
-    if not (
-        parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-        or parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    ):
-        return None
-    iterator = TrainDataIterator(
-        dataset,
-        cfg.train.micro_batch_size,
-        parallel_state.get_data_parallel_rank(),
-        data_parallel_size,
+    saved, state.dataloader_state = state.dataloader_state, None
+    request = IteratorRequest(
+        dataset=dataset,
+        micro_batch_size=cfg.train.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=data_parallel_size,
         consumed_samples=state.train_state.consumed_train_samples,
         num_workers=cfg.dataset.num_workers,
     )
-    if position is not None:
-        iterator.load_state(position)
+    reads_data = parallel_state.is_pipeline_first_stage(ignore_virtual=True) or parallel_state.is_pipeline_last_stage(
+        ignore_virtual=True
+    )
+
+    def build_and_restore() -> Iterator[Batch] | None:
+        if not reads_data:
+            return None
+        # Loaders draw seeds when they are made. The loaded random states must not notice.
+        with torch.random.fork_rng(devices=[]):
+            iterator = build(request)
+            restore_position(iterator, saved)
+        return iterator
+
+    iterator: Iterator[Batch] | None = on_every_rank(build_and_restore, "the data iterator could not be built")
     return iterator

@@ -11,6 +11,8 @@ import torch
 from bridge.training.checkpointing.queue import SaveQueue
 
 if TYPE_CHECKING:
+    from bridge.peft import PEFT
+    from bridge.training.checkpointing.contents.dataloader import DataloaderState
     from bridge.training.config import ConfigContainer
 
 
@@ -69,7 +71,11 @@ class GlobalState:
     tokenizer: Any | None = None
     async_calls_queue: SaveQueue | None = field(default_factory=SaveQueue)
     """Asynchronous saves under way on this rank, the same number on every rank."""
-    dataloader_state: dict[str, Any] | None = None
-    """This data-parallel rank's data iterator state from the loaded checkpoint, until the iterator takes it."""
+    dataloader_state: DataloaderState | None = None
+    """What the loaded checkpoint holds for this rank's data iterator, until the iterator takes it."""
     loaded_from: str | None = None
     """Directory of the checkpoint that this run started from; None for a fresh start."""
+    peft: PEFT | None = None
+    """What the model was adapted by; from then on checkpoints hold its adapters only. None trains the whole model."""
+    base_checkpoint: str | None = None
+    """Directory of the checkpoint that the model came from which `peft` adapted."""

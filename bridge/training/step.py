@@ -17,6 +17,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 
 from bridge import accelerator
 from bridge.training.config import ConfigContainer
+from bridge.training.rerun import StepFailed, run_validated, validate_loss
 
 Batch = dict[str, torch.Tensor]
 LossResult = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
@@ -30,7 +31,9 @@ class StepResult:
     """Mean loss over the iteration's counted tokens of all ranks, in nats; None before the last stage."""
     grad_norm: float | None
     updated: bool
-    """False if the optimizer left the update out because a gradient overflowed."""
+    """False if the optimizer left the update out because a gradient overflowed, or the step failed."""
+    failed: StepFailed | None = None
+    """Set if the rerun state machine keeps this step from being taken; the optimizer has not stepped."""
 
 
 def train_step(
@@ -49,21 +52,31 @@ def train_step(
         scheduler: moved on by the samples of the iteration, if the update was made.
         data: this rank's micro-batches; None on pipeline stages that need none.
     """
-    for chunk in model:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
     microbatches = get_num_microbatches()
-    # Of a rank's chunks only the first or the last stage of the whole model reads data, so one stream is enough.
-    streams = [data if _needs_data(chunk) else None for chunk in model]
-    losses = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=streams if len(model) > 1 else streams[0],
-        model=model if len(model) > 1 else model[0],
-        num_microbatches=microbatches,
-        seq_length=cfg.model.seq_length,
-        micro_batch_size=cfg.train.micro_batch_size,
-        forward_only=False,
-    )
+
+    def forward_backward(data: Iterator[Batch] | None) -> list[dict[str, torch.Tensor]]:
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        # Of a rank's chunks only the first or the last stage of the whole model reads data: one stream is enough.
+        streams = [data if _needs_data(chunk) else None for chunk in model]
+        losses: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=streams if len(model) > 1 else streams[0],
+            model=model if len(model) > 1 else model[0],
+            num_microbatches=microbatches,
+            seq_length=cfg.model.seq_length,
+            micro_batch_size=cfg.train.micro_batch_size,
+            forward_only=False,
+        )
+        return losses
+
+    if cfg.rerun_state_machine.rerun_mode == "disabled":
+        losses = forward_backward(data)
+    else:
+        losses, failed = run_validated(data, forward_backward)
+        if failed is not None:
+            return StepResult(None, None, False, failed)
     updated, grad_norm, _ = optimizer.step()
     if updated:
         ranks = parallel_state.get_data_parallel_world_size()
@@ -95,6 +108,7 @@ def _masked_loss(mask: torch.Tensor | None, losses: torch.Tensor) -> LossResult:
         raise RuntimeError("the last pipeline stage has no data iterator, so its loss has no mask")
     total = (losses.float().view(-1) * mask.view(-1)).sum()
     tokens = mask.sum().to(torch.int32)
+    validate_loss(total)
     return total, tokens, {"loss": torch.stack([total.detach().double(), tokens.double()])}
 
 

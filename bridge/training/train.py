@@ -15,11 +15,13 @@ from bridge import accelerator
 from bridge.training.callbacks import CallbackContext, CallbackManager
 from bridge.training.checkpointing import CheckpointSaveContext
 from bridge.training.config import ConfigContainer
+from bridge.training.data import IteratorBuilder, build_train_iterator
 from bridge.training.exit_conditions import ExitWatch, SignalFlag, decide_after_step, final_save_due
 from bridge.training.flops import add_flops
 from bridge.training.initialize import shut_down
 from bridge.training.metrics import MetricsFile, StepMetrics, log_step
 from bridge.training.optimizer import required_train_iters
+from bridge.training.rerun import Position, StepFailed, position_of
 from bridge.training.setup import Run, setup
 from bridge.training.step import train_step
 
@@ -35,20 +37,28 @@ class TrainOutcome:
     reason: str
     iteration: int
     """Completed iterations."""
+    exit_code: int = 0
+    """The status that the rerun state machine asks the process to exit with; 0 if it asks for none."""
 
 
-def pretrain(cfg: ConfigContainer, callbacks: CallbackManager | None = None) -> TrainOutcome:
+def pretrain(
+    cfg: ConfigContainer,
+    callbacks: CallbackManager | None = None,
+    iterator_builder: IteratorBuilder = build_train_iterator,
+) -> TrainOutcome:
     """Train as `cfg` says: set up, load, train, save. Collective over all ranks.
 
     Starts torch.distributed from torchrun's variables and leaves it at the end. A caller that has started it
     keeps it, and may call this again: torch cannot reliably start a second time at the same address.
+
+    The arguments are those of `setup`.
 
     Raises:
         Whatever `setup` and `train` raise. The process groups are then left as they are, because ranks that
         wait for this one would keep it from ever leaving them in order.
     """
     keeps_groups = dist.is_initialized()
-    outcome = train(setup(cfg, callbacks))
+    outcome = train(setup(cfg, callbacks, iterator_builder))
     if not keeps_groups:
         shut_down()
     return outcome
@@ -61,15 +71,34 @@ def train(run: Run) -> TrainOutcome:
         DataExhaustedError: the data ended before `train.train_iters`.
         CheckpointError: a save failed; on every rank.
     """
+    try:
+        return _train(run)
+    except BaseException:
+        # A save under way cannot be finished without the other ranks, and its process should not go on alone.
+        if run.state.async_calls_queue is not None:
+            run.state.async_calls_queue.abort()
+        raise
+
+
+def _train(run: Run) -> TrainOutcome:
     progress = run.state.train_state
     train_iters = required_train_iters(run.cfg)
-    first_step, last_saved, exit_reason = progress.step, None, None
+    first_step, last_saved, exit_reason, exit_code = progress.step, None, None, 0
+    if first_step >= train_iters:
+        logger.warning("train.train_iters (%d) was reached before: iteration %d is loaded", train_iters, first_step)
+    reruns = run.cfg.rerun_state_machine.rerun_mode != "disabled"
     run.callback_manager.fire("on_train_start", _callback_context(run))
     with SignalFlag(run.cfg.train.exit_signal_handler) as flag, MetricsFile(_metrics_path(run)) as metrics_file:
         watch = ExitWatch(run.cfg.train, flag)
         while progress.step < train_iters and exit_reason is None:
             run.manager.finalize_async_saves(run.state, blocking=False)
-            _iterate(run, metrics_file, train_iters)
+            position = position_of(run.train_data_iterator) if reruns else None
+            failed = _iterate(run, metrics_file, train_iters)
+            if failed is not None:
+                exit_reason, exit_code = failed.reason, failed.exit_code
+                if failed.save and run.cfg.checkpoint.save is not None:
+                    _save(run, position)
+                break
             signal_received, duration_exceeded = watch.agree()
             decision = decide_after_step(
                 progress.step,
@@ -89,11 +118,11 @@ def train(run: Run) -> TrainOutcome:
     reached_end = progress.step >= train_iters
     reason = f"train.train_iters ({train_iters}) reached" if reached_end else str(exit_reason)
     logger.info("training ended after iteration %d: %s", progress.step, reason)
-    return TrainOutcome(reached_end, reason, progress.step)
+    return TrainOutcome(reached_end, reason, progress.step, exit_code)
 
 
-def _iterate(run: Run, metrics_file: MetricsFile, train_iters: int) -> None:
-    """One iteration, with everything that counts it."""
+def _iterate(run: Run, metrics_file: MetricsFile, train_iters: int) -> StepFailed | None:
+    """One iteration, with everything that counts it; or why it could not be made, and then nothing has changed."""
     progress = run.state.train_state
     started = time.perf_counter()
     update_num_microbatches(progress.consumed_train_samples, verbose=True)
@@ -101,6 +130,8 @@ def _iterate(run: Run, metrics_file: MetricsFile, train_iters: int) -> None:
     lr = get_canonical_lr_for_logging(run.optimizer.param_groups)
     result = train_step(run.cfg, run.model, run.optimizer, run.scheduler, run.train_data_iterator)
     accelerator.synchronize()
+    if result.failed is not None:
+        return result.failed
 
     progress.step += 1
     progress.consumed_train_samples += batch_size
@@ -123,9 +154,11 @@ def _iterate(run: Run, metrics_file: MetricsFile, train_iters: int) -> None:
         if progress.step % run.cfg.logger.log_interval == 0:
             log_step(metrics, train_iters, tokens=batch_size * run.cfg.model.seq_length)
     run.callback_manager.fire("on_train_step_end", _callback_context(run))
+    return None
 
 
-def _save(run: Run) -> None:
+def _save(run: Run, position: Position | None = None) -> None:
+    """Save; with `position` for the data iterator, in place of where it is."""
     if run.cfg.ddp.overlap_param_gather:
         # The optimizer's new parameters may still be on their way to the other ranks.
         for chunk in run.model:
@@ -136,7 +169,7 @@ def _save(run: Run) -> None:
         run.optimizer,
         run.scheduler,
         run.state.train_state.floating_point_operations_so_far,
-        train_data_iterator=run.train_data_iterator,
+        train_data_iterator=run.train_data_iterator if position is None else position,
         non_persistent_ckpt=False,
         pg_collection=run.pg_collection,
     )

@@ -7,6 +7,7 @@ torch, Megatron-Core and bridge, but never starts torch.distributed, whose threa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
 import signal
@@ -107,6 +108,7 @@ def _fork(
         return _Rank(number, pid, log, result)
     # The child must never return into pytest, whatever happens here.
     try:
+        _die_with_parent()
         os.setpgid(0, 0)  # a group of its own, so that the helpers of a rank (writer processes) die with it
         _redirect_output(log)
         names = {
@@ -125,6 +127,12 @@ def _fork(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _die_with_parent() -> None:
+    """A test run that is killed leaves no ranks behind (Linux)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _redirect_output(log: Path) -> None:

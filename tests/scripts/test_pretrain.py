@@ -58,7 +58,7 @@ def _script() -> ModuleType:
 
 
 def _run(arguments: list[str], stderr: Path) -> int:
-    with stderr.open("w") as stream, contextlib.redirect_stderr(stream):
+    with stderr.open("a") as stream, contextlib.redirect_stderr(stream):
         status: int = _script().main(arguments)
     return status
 
@@ -87,8 +87,18 @@ def test_status_1_and_one_clear_line_after_an_error(recipe: Path, tmp_path: Path
     arguments = ["--recipe", str(recipe), "train.train_iter=4"]
     assert run_ranks(_run, 1, arguments, tmp_path / "stderr") == [1]
     text = (tmp_path / "stderr").read_text()
-    assert text.startswith("Traceback")
-    assert text.splitlines()[-1].startswith("error: ConfigError: override 'train.train_iter=4': unknown setting")
+    assert text.startswith("error on rank 0: ConfigError: override 'train.train_iter=4': unknown setting")
+    assert len(text.splitlines()) == 1
+
+
+def test_a_missing_step_is_named_on_every_rank(recipe: Path, tmp_path: Path) -> None:
+    arguments = ["--recipe", str(recipe), f"checkpoint.load={tmp_path}", "checkpoint.ckpt_step=7"]
+    assert run_ranks(_run, 2, arguments, tmp_path / "stderr") == [1, 1]
+    lines = [line for line in (tmp_path / "stderr").read_text().splitlines() if line.startswith("error")]
+    assert sorted(line.split(" is not in ")[0] for line in lines) == [
+        f"error on rank {rank}: CheckpointNotFoundError (a FileNotFoundError): checkpoint.ckpt_step: 7"
+        for rank in (0, 1)
+    ]
 
 
 def test_torchrun_with_a_manager_from_the_working_directory(recipe: Path, tmp_path: Path) -> None:

@@ -23,8 +23,12 @@ from bridge.training.checkpointing.errors import ERRORS_BY_NAME, CheckpointError
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-TIMEOUT = timedelta(minutes=10)
-"""How long ranks wait for one another at one meeting point. A rank that died is noticed at once."""
+TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for one another at one meeting point.
+
+A rank that died is noticed at once, whatever the limit. So it is generous: ranks that have little to write or read
+wait here for one that has much.
+"""
 
 _ROLL_CALL_SECONDS = 3.0
 
@@ -74,6 +78,9 @@ class Ranks:
 
     def run(self, phase: str, action: Callable[[], T]) -> T:
         """Run `action` on every rank and return this rank's result.
+
+        An action is local, or a collective that nothing local precedes: what fails on one rank before a collective
+        leaves the others waiting in it.
 
         Raises:
             CheckpointError: `action` raised on some rank. Every rank raises, with the type of the lowest

@@ -61,7 +61,7 @@ class ForkedCall(Generic[T]):
             if self._has_started():
                 return
         self._done = True
-        self._error = CheckpointSaveError(f"the {name} process did not start in {_STARTS} tries")
+        self._error = CheckpointSaveError(f"the process of {name} did not start in {_STARTS} tries")
 
     def _has_started(self) -> bool:
         """Wait for the child's first sign of life; end a child that gives none."""
@@ -111,9 +111,9 @@ class ForkedCall(Generic[T]):
         _, status = os.waitpid(self.pid, 0)
         self._done = True
         if died:
-            self._error = CheckpointSaveError(f"the {self.name} process {_how_it_ended(status)}")
+            self._error = CheckpointSaveError(f"the process of {self.name} {_how_it_ended(status)}")
         elif isinstance(outcome, _Raised):
-            self._error = CheckpointSaveError(f"the {self.name} process failed: {outcome.summary}")
+            self._error = CheckpointSaveError(f"the process of {self.name} failed: {outcome.summary}")
             self._error.__cause__ = CheckpointSaveError(f"in process {self.pid}:\n{outcome.trace}")
         else:
             self._outcome = outcome

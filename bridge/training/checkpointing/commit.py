@@ -9,7 +9,7 @@ whole checkpoint:
 4. only then the trackers move, each by one rename (`move_trackers`).
 
 All of this runs on rank 0. What a crash leaves behind has a `.saving-` or `.trash-` name and is swept
-by `recover` before the next save.
+by `recover` before the next save. Only the one process that has claimed the directory does any of this.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from bridge.training.checkpointing import ownership
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
 from bridge.training.checkpointing.files import delete_trash, discard, exchange, replace_file, sync_directory, sync_tree
 from bridge.training.checkpointing.integrity import FileRecord, Manifest, find_damage, read_manifest, write_manifest
@@ -34,8 +35,8 @@ from bridge.training.checkpointing.layout import (
 
 logger = logging.getLogger(__name__)
 
-RECOVERED = "recovered_directories"
-"""Key of the checkpointing context: directories that this process has cleaned of a crash's remains."""
+PREPARED = "prepared_directories"
+"""Key of the checkpointing context: save directories that are ready for this process's saves."""
 
 
 def begin_staging(save_dir: Path, iteration: int) -> Path:
@@ -110,7 +111,9 @@ def abandon(staging: Path) -> None:
 
 
 def recover(save_dir: Path) -> None:
-    """Clean up after saves and deletions that a crash cut short. Call it when no save is in progress.
+    """Clean up after saves and deletions that a crash cut short.
+
+    Call it when no save is in progress, in the process that has claimed the directory.
 
     A sealed staging directory whose `iter_N` is absent may be the second half of a replacement, so it is
     published rather than deleted; the trackers stay where they are. Everything else unfinished is deleted.
@@ -130,11 +133,38 @@ def recover(save_dir: Path) -> None:
 
 
 def recover_once(save_dir: Path, context: dict[str, Any] | None) -> None:
-    """`recover` a directory unless the checkpointing context says that this process has done so before."""
-    recovered: set[Path] = set() if context is None else context.setdefault(RECOVERED, set())
-    if save_dir.resolve() not in recovered and save_dir.exists():
+    """Make a save directory ready, unless the checkpointing context says that this process has done so before.
+
+    It is made if need be, claimed for this process, cleaned by `recover`, and written to once: better to learn at
+    the start of a run than hours later that nothing can be saved.
+
+    Raises:
+        CheckpointSaveError: the directory cannot be made or written.
+        DirectoryInUseError: another process saves there.
+    """
+    prepared: set[Path] = set() if context is None else context.setdefault(PREPARED, set())
+    if save_dir.resolve() in prepared:
+        return
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        ownership.claim(save_dir)
         recover(save_dir)
-    recovered.add(save_dir.resolve())
+        begin_staging(save_dir, 0).rmdir()
+    except OSError as error:
+        raise CheckpointSaveError(
+            f"checkpoint.save: cannot save in {save_dir}: {_reason(save_dir, error)}; "
+            "name a directory that can be made and written"
+        ) from error
+    prepared.add(save_dir.resolve())
+
+
+def _reason(save_dir: Path, error: OSError) -> str:
+    for path in (save_dir, *save_dir.parents):
+        if path.is_symlink() and not path.exists():
+            return f"{path} is a link to {path.readlink()}, which does not exist"
+        if path.exists() and not path.is_dir():
+            return f"{path} is not a directory"
+    return str(error)
 
 
 def _is_sealed(staging: Path) -> bool:

@@ -22,12 +22,20 @@ class CheckpointDamagedError(CheckpointError):
     """A checkpoint or tracker is there but incomplete, truncated or unreadable."""
 
 
+class UnsafeCheckpointError(CheckpointError):
+    """A file of the checkpoint holds an object that loading does not allow, because it could run code."""
+
+
 class CheckpointMismatchError(CheckpointError):
     """The checkpoint is sound but does not fit the run: other layout, other format, other keys."""
 
 
 class CheckpointSaveError(CheckpointError):
     """A save failed on at least one rank. Nothing was published, and older checkpoints are untouched."""
+
+
+class DirectoryInUseError(CheckpointError):
+    """Another process saves in the directory."""
 
 
 class RankLostError(CheckpointError):
@@ -41,8 +49,10 @@ ERRORS_BY_NAME: dict[str, type[CheckpointError]] = {
         CheckpointNotFoundError,
         NotACheckpointError,
         CheckpointDamagedError,
+        UnsafeCheckpointError,
         CheckpointMismatchError,
         CheckpointSaveError,
+        DirectoryInUseError,
         RankLostError,
     )
 }

@@ -6,6 +6,7 @@
   iter_0000010/                        a published checkpoint
   .saving-iter_0000020-3f9c12ab/       a save in progress, or the remains of a crash
   .trash-iter_0000010-77b0e1d4/        on its way out
+  .bridge-writer                       locked by the run that saves here
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ ITERATION_PREFIX = "iter_"
 SAVING_PREFIX = ".saving-"
 TRASH_PREFIX = ".trash-"
 TEMPORARY_SUFFIX = ".bridge-tmp"
+WRITER = ".bridge-writer"
 
 TRACKER_PREFIX = "latest"
 TRACKER = f"{TRACKER_PREFIX}_train_state.pt"
@@ -37,7 +39,7 @@ DATALOADER_DIRECTORY = "dataloader_state"
 
 _ITERATION_NAME = re.compile(rf"{ITERATION_PREFIX}(\d{{7,}})")
 _SAVING_NAME = re.compile(rf"{re.escape(SAVING_PREFIX)}({ITERATION_PREFIX}\d{{7,}})-[0-9a-f]+")
-_SYSTEM_NAMES = frozenset({"lost+found", ".snapshot"})
+_TRASH_NAME = re.compile(rf"{re.escape(TRASH_PREFIX)}.+-[0-9a-f]{{8}}")
 
 
 def iteration_name(iteration: int) -> str:
@@ -78,7 +80,7 @@ def is_leftover(name: str) -> bool:
     """Whether a name is one that only an unfinished save or deletion of ours leaves behind."""
     return (
         staged_name(name) is not None
-        or name.startswith(TRASH_PREFIX)
+        or _TRASH_NAME.fullmatch(name) is not None
         or (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX))
     )
 
@@ -104,25 +106,20 @@ class Listing:
     leftovers: tuple[str, ...]
     """Remains of unfinished saves and deletions."""
     foreign: tuple[str, ...]
-    """Names that are none of the above, sorted."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no checkpoint was ever published here and nothing else is kept here."""
-        return not (self.iterations or self.has_release or self.has_tracker or self.has_legacy_tracker or self.foreign)
+    """Names that are none of the above, not hidden and not the run's own, sorted."""
 
 
-def list_checkpoints(path: Path, own_files: Iterable[Path] = ()) -> Listing:
+def list_checkpoints(path: Path, own_paths: Iterable[Path] = ()) -> Listing:
     """Look at a directory of checkpoints.
 
     Args:
         path: the directory; it need not exist.
-        own_files: files that the run itself writes and that may lie in `path` (a metrics file, say).
+        own_paths: files and directories that the run itself writes and that may lie somewhere below `path` (a
+            metrics file, say).
 
     Raises:
         NotADirectoryError: `path` is a file.
     """
-    ignored = {file.name for file in own_files if file.parent.resolve() == path.resolve()}
     try:
         entries = sorted(path.iterdir())
     except FileNotFoundError:
@@ -130,14 +127,14 @@ def list_checkpoints(path: Path, own_files: Iterable[Path] = ()) -> Listing:
     iterations: list[int] = []
     leftovers: list[str] = []
     foreign: list[str] = []
-    known = {TRACKER, LEGACY_TRACKER, RELEASE} | _SYSTEM_NAMES | ignored
+    known = {TRACKER, LEGACY_TRACKER, RELEASE, "lost+found"} | _entries_with(path, own_paths)
     for entry in entries:
         iteration = parse_iteration_name(entry.name)
         if iteration is not None:
             iterations.append(iteration)
         elif is_leftover(entry.name):
             leftovers.append(entry.name)
-        elif entry.name not in known:
+        elif entry.name not in known and not entry.name.startswith("."):
             foreign.append(entry.name)
     names = {entry.name for entry in entries}
     return Listing(
@@ -150,3 +147,13 @@ def list_checkpoints(path: Path, own_files: Iterable[Path] = ()) -> Listing:
         tuple(leftovers),
         tuple(foreign),
     )
+
+
+def _entries_with(directory: Path, paths: Iterable[Path]) -> set[str]:
+    """The entries of `directory` that are one of `paths` or a directory above one, by name or through links."""
+    names = set()
+    for path in paths:
+        for below, base in ((path.absolute(), directory.absolute()), (path.resolve(), directory.resolve())):
+            if base in below.parents:
+                names.add(below.relative_to(base).parts[0])
+    return names

@@ -1,46 +1,26 @@
-"""load_checkpoint: resolve → plan → read → apply.
+"""load_checkpoint: which checkpoint, or none; `restoring` then loads it.
 
-Rank 0 looks at the storage and decides; every rank learns the decision, or the error, at once. Nothing
-of the run changes before everything has been read. Loading never changes the configuration.
+Rank 0 looks at the storage and decides; every rank learns the decision, or the error, at once. Loading
+never changes the configuration.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.contents.dataloader import read_dataloader_state
-from bridge.training.checkpointing.contents.model import load_model_state_dict
-from bridge.training.checkpointing.contents.optimizer import load_optimizer, load_scheduler
-from bridge.training.checkpointing.contents.rng import get_rng_state, set_rng_state
-from bridge.training.checkpointing.contents.state_dict import RNG, generate_state_dict
-from bridge.training.checkpointing.contents.train_state import read_train_state
 from bridge.training.checkpointing.errors import CheckpointNotFoundError
-from bridge.training.checkpointing.formats import torch_dist
-from bridge.training.checkpointing.layout import TRAIN_STATE
-from bridge.training.checkpointing.parallel import Layout, default_pg_collection
-from bridge.training.checkpointing.plan import LoadPlan, Saved, Wanted, plan_load
+from bridge.training.checkpointing.layout import list_checkpoints
+from bridge.training.checkpointing.parallel import default_pg_collection
 from bridge.training.checkpointing.resolve import Source
-from bridge.training.checkpointing.source import describe, find_source
+from bridge.training.checkpointing.restoring import LiveState, restore
+from bridge.training.checkpointing.safe_globals import allow
+from bridge.training.checkpointing.source import find_source
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """The live objects that a load fills."""
-
-    state: Any
-    model: list[Any]
-    optimizer: Any | None
-    scheduler: Any | None
-    groups: Any
-    module_name: str | None
 
 
 def load_checkpoint(
@@ -56,9 +36,10 @@ def load_checkpoint(
 ) -> tuple[int, int]:
     """Load the checkpoint that `checkpoint.load` and `checkpoint.ckpt_step` name into the run.
 
-    An empty or absent `load` directory starts afresh, with a warning, unless
-    `checkpoint.exit_on_missing_checkpoint` is set. If `load` is also the `save` directory, what an
-    earlier crash left unfinished there is cleaned up first.
+    Where `load` holds no checkpoint yet, `checkpoint.pretrained_checkpoint` gives the model, and only that.
+    Without it training starts afresh, with a warning, unless `checkpoint.exit_on_missing_checkpoint` is set.
+    The `save` directory is made ready first: made, claimed for this run, cleaned of what a crash left unfinished,
+    and tried for writing. This happens whether or not there is something to load.
 
     Args:
         state: GlobalState; its train state, data iterator state and `loaded_from` are set.
@@ -77,130 +58,140 @@ def load_checkpoint(
     Raises:
         ConfigError: the checkpoint settings contradict one another.
         CheckpointNotFoundError: `ckpt_step` is not there, or nothing is and that is an error by the settings.
+        CheckpointSaveError: the `save` directory cannot be made or written.
+        DirectoryInUseError: another run saves there.
         CheckpointError: what is there is damaged, foreign, or does not fit. Every rank raises the same type.
     """
     cfg = state.cfg.checkpoint
     cfg.check()
+    allow(cfg.safe_globals)
+    ranks = Ranks.current()
+    live = LiveState(
+        state, model, optimizer, opt_param_scheduler, pg_collection or default_pg_collection(), module_name
+    )
+    if cfg.save is not None:
+        save_dir = Path(cfg.save).expanduser()
+        ranks.first("preparing checkpoint.save", lambda: commit.recover_once(save_dir, checkpointing_context))
+    source = ranks.first("looking for a checkpoint", lambda: _find(state.cfg))
+    if source is not None:
+        model_only = "checkpoint.finetune is set" if cfg.finetune else ""
+        return restore(
+            source, live, ranks, strict=strict, model_only=model_only, metadata_only=skip_load_to_model_and_opt
+        )
+    # With PEFT, setup has put the pretrained weights into the model before the adapters were added to it.
+    if cfg.pretrained_checkpoint is not None and state.peft is None:
+        return load_pretrained(live, ranks, strict=strict, metadata_only=skip_load_to_model_and_opt)
     if cfg.load is None:
         return 0, 0
+    start = "FROM SCRATCH" if state.peft is None else "WITH FRESH ADAPTERS"
+    return _nothing_to_load(Path(cfg.load), start, cfg.exit_on_missing_checkpoint, ranks)
+
+
+def load_checkpoint_from_path(
+    load_dir: str,
+    state: Any,
+    model: list[Any],
+    optimizer: Any | None,
+    opt_param_scheduler: Any | None,
+    strict: bool = True,
+    checkpointing_context: dict[str, Any] | None = None,
+    skip_load_to_model_and_opt: bool = False,
+    ignore_ckpt_step: bool = False,
+    pg_collection: Any | None = None,
+    module_name: str | None = None,
+) -> tuple[int, int]:
+    """Load the checkpoint in `load_dir`, whatever `checkpoint.load` says.
+
+    Args:
+        load_dir: a directory of checkpoints, or one checkpoint.
+        ignore_ckpt_step: take the latest checkpoint and only its model, as from a pretrained checkpoint, which
+            `checkpoint.ckpt_step` does not apply to.
+
+    The other arguments, the result and the errors are those of `load_checkpoint`; that there is no checkpoint
+    in `load_dir` is always an error.
+    """
+    del checkpointing_context
     ranks = Ranks.current()
-    load_dir = Path(cfg.load)
-    source = ranks.first("looking for a checkpoint", lambda: _resolve(load_dir, state.cfg, checkpointing_context))
+    live = LiveState(
+        state, model, optimizer, opt_param_scheduler, pg_collection or default_pg_collection(), module_name
+    )
+    cfg = state.cfg.checkpoint
+    step = None if ignore_ckpt_step else cfg.ckpt_step
+    source = ranks.first(
+        "looking for a checkpoint", lambda: _require_source(Path(load_dir).expanduser(), step, "load_dir")
+    )
+    model_only = "only the model is taken from this path" if ignore_ckpt_step else ""
+    if cfg.finetune:
+        model_only = "checkpoint.finetune is set"
+    return restore(source, live, ranks, strict=strict, model_only=model_only, metadata_only=skip_load_to_model_and_opt)
+
+
+def load_pretrained(
+    live: LiveState, ranks: Ranks, *, strict: bool = True, metadata_only: bool = False
+) -> tuple[int, int]:
+    """Load the model, and only that, from the latest checkpoint in `checkpoint.pretrained_checkpoint`.
+
+    Returns:
+        (0, 0): training counts from the beginning.
+
+    Raises:
+        CheckpointNotFoundError: there is no checkpoint in it.
+        CheckpointError: as `load_checkpoint`.
+    """
+    setting = "checkpoint.pretrained_checkpoint"
+    path = Path(live.state.cfg.checkpoint.pretrained_checkpoint).expanduser()
+    source = ranks.first("looking for the pretrained checkpoint", lambda: _require_source(path, None, setting))
+    return restore(
+        source, live, ranks, strict=strict, model_only="it is the pretrained checkpoint", metadata_only=metadata_only
+    )
+
+
+def _require_source(path: Path, ckpt_step: int | None, setting: str) -> Source:
+    source = find_source(path, ckpt_step, setting=setting)
     if source is None:
-        return _nothing_to_load(load_dir, cfg.exit_on_missing_checkpoint, ranks)
-    groups = pg_collection or default_pg_collection()
-    run = _Run(state, model, optimizer, opt_param_scheduler, groups, module_name)
-    return _load_from(source, run, ranks, strict=strict, metadata_only=skip_load_to_model_and_opt)
+        raise CheckpointNotFoundError(f"{setting}: there is no checkpoint in {path}")
+    return source
 
 
-def _resolve(load_dir: Path, cfg: Any, context: dict[str, Any] | None) -> Source | None:
-    save = cfg.checkpoint.save
-    if save is not None and load_dir.exists() and Path(save).resolve() == load_dir.resolve():
-        commit.recover_once(load_dir, context)
-    own_files = [] if cfg.logger.metrics_path is None else [Path(cfg.logger.metrics_path)]
-    return find_source(load_dir, cfg.checkpoint.ckpt_step, own_files)
+def _find(cfg: Any) -> Source | None:
+    """The checkpoint that `checkpoint.load` leads to, and a warning if the saves will fall among another run's."""
+    source = None
+    if cfg.checkpoint.load is not None:
+        own_paths = (cfg.checkpoint.save, cfg.logger.metrics_path, cfg.dataset.path_to_cache)
+        source = find_source(
+            Path(cfg.checkpoint.load).expanduser(),
+            cfg.checkpoint.ckpt_step,
+            [Path(path).expanduser() for path in own_paths if path is not None],
+        )
+    if cfg.checkpoint.save is not None:
+        _warn_of_other_checkpoints(Path(cfg.checkpoint.save).expanduser(), None if cfg.checkpoint.finetune else source)
+    return source
 
 
-def _nothing_to_load(load_dir: Path, is_error: bool, ranks: Ranks) -> tuple[int, int]:
+def _warn_of_other_checkpoints(save_dir: Path, continued: Source | None) -> None:
+    iterations = list_checkpoints(save_dir).iterations
+    if not iterations or (continued is not None and continued.path.resolve().parent == save_dir.resolve()):
+        return
+    logger.warning(
+        "SAVING AMONG THE CHECKPOINTS OF ANOTHER RUN: checkpoint.save (%s) already holds checkpoints, the newest of "
+        "iteration %d, and this run does not continue from there. Its saves will replace those of the same iteration "
+        "and move the tracker. To continue that run, set checkpoint.load to the same directory; to keep it, set "
+        "checkpoint.save to another one.",
+        save_dir,
+        iterations[-1],
+    )
+
+
+def _nothing_to_load(load_dir: Path, start: str, is_error: bool, ranks: Ranks) -> tuple[int, int]:
     if is_error:
         raise CheckpointNotFoundError(
             f"checkpoint.load: there is no checkpoint in {load_dir}, and checkpoint.exit_on_missing_checkpoint is set"
         )
     if ranks.is_first:
         logger.warning(
-            "STARTING FROM SCRATCH: there is no checkpoint in checkpoint.load (%s). That is right for the first start "
+            "STARTING %s: there is no checkpoint in checkpoint.load (%s). That is right for the first start "
             "of a run; if it is not, stop now and check the path, or set checkpoint.exit_on_missing_checkpoint: true.",
+            start,
             load_dir,
         )
     return 0, 0
-
-
-def _load_from(source: Source, run: _Run, ranks: Ranks, *, strict: bool, metadata_only: bool) -> tuple[int, int]:
-    begun = time.monotonic()
-    saved = ranks.first("examining the checkpoint", lambda: describe(source))
-    if ranks.is_first:
-        logger.info("loading %s: %s", source.path, source.reason)
-    cfg = run.state.cfg
-    if metadata_only:
-        ranks.run("restoring the train state", lambda: _apply_train_state(source, saved, run))
-    else:
-        plan = ranks.run("planning the load", lambda: plan_load(saved, _wanted(run)))
-        template = ranks.run("preparing the state to load", lambda: _template(saved, plan, run))
-        loaded = torch_dist.load(
-            template,
-            source.path,
-            ranks,
-            strictness=cfg.checkpoint.dist_ckpt_strictness,
-            parallelization_group=run.groups.dp_cp if cfg.checkpoint.fully_parallel_load else None,
-        )
-        ranks.run("applying the checkpoint", lambda: _apply(loaded, source, saved, plan, run, strict))
-        if ranks.is_first:
-            logger.info("parts of %s:\n%s", source.path, plan.table())
-    run.state.loaded_from = str(source.path)
-    if ranks.is_first:
-        seconds = time.monotonic() - begun
-        logger.info("loaded iteration %d from %s in %.2f s", run.state.train_state.step, source.path, seconds)
-    return run.state.train_state.step, run.state.train_state.floating_point_operations_so_far
-
-
-def _wanted(run: _Run) -> Wanted:
-    cfg = run.state.cfg
-    return Wanted(
-        layout=Layout.of(run.groups, len(run.model)),
-        load_optim=cfg.checkpoint.load_optim,
-        load_rng=cfg.checkpoint.load_rng,
-        has_optimizer=run.optimizer is not None,
-        uses_distributed_optimizer=cfg.ddp.use_distributed_optimizer,
-        data_parallel_random_init=cfg.rng.data_parallel_random_init,
-    )
-
-
-def _template(saved: Saved, plan: LoadPlan, run: _Run) -> dict[str, Any]:
-    cfg = run.state.cfg
-    metadata = {**(saved.content_metadata or {}), "dp_cp_group": run.groups.dp_cp}
-    rng_state = None
-    if plan.rng.restore:
-        rng_state = get_rng_state(
-            cfg.rng.data_parallel_random_init,
-            cfg.checkpoint.ckpt_format,
-            pg_collection=run.groups,
-            module_name=run.module_name,
-        )
-    return generate_state_dict(
-        cfg.checkpoint,
-        run.model,
-        run.optimizer if plan.optimizer.restore else None,
-        run.scheduler if plan.scheduler.restore else None,
-        rng_state,
-        optim_sd_kwargs={"is_loading": True, "metadata": metadata},
-        model_sd_kwargs={"metadata": metadata},
-    )
-
-
-def _apply(loaded: dict[str, Any], source: Source, saved: Saved, plan: LoadPlan, run: _Run, strict: bool) -> None:
-    if plan.data_iterator.restore:
-        run.state.dataloader_state = read_dataloader_state(source.path, run.groups.dp.rank())
-    load_model_state_dict(run.model, loaded, strict)
-    if run.optimizer is not None:
-        if plan.optimizer.restore:
-            load_optimizer(run.optimizer, loaded)
-        else:
-            # Main parameters were copied from the model's before the load; copy them again.
-            run.optimizer.reload_model_params()
-    if run.scheduler is not None and plan.scheduler.restore:
-        load_scheduler(run.scheduler, loaded)
-    _apply_train_state(source, saved, run)
-    if plan.rng.restore:
-        # Last: nothing after this may draw a random number.
-        set_rng_state(loaded[RNG], pg_collection=run.groups)
-
-
-def _apply_train_state(source: Source, saved: Saved, run: _Run) -> None:
-    train_state = type(run.state.train_state)()
-    if saved.release:
-        train_state.step = 0
-    elif saved.has_train_state:
-        train_state.load_state_dict(read_train_state(source.path / TRAIN_STATE))
-    else:
-        train_state.step = saved.iteration
-    run.state.train_state = train_state

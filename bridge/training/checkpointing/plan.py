@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from bridge.training.checkpointing import resharding
+from bridge.training.checkpointing.adapter_plan import Adapters
 from bridge.training.checkpointing.errors import CheckpointMismatchError
 from bridge.training.checkpointing.parallel import Layout
-
-_DP_RESHARDABLE = "dp_reshardable"
-_SHARDING_TYPE = "distrib_optim_sharding_type"
+from bridge.training.checkpointing.resharding import OptimizerForm
+from bridge.training.checkpointing.rng_plan import RngLayout, describe_changes, keeps_every_state
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,22 @@ class Saved:
     has_train_state: bool
     data_iterator_ranks: int
     """Data-parallel ranks whose data iterator state was saved."""
+    data_parallel_random_init: bool = False
+    optimizer_form: OptimizerForm | None = None
+    """None where the checkpoint does not tell."""
+    precision: str | None = None
+    """`model.precision`; None where the checkpoint does not tell."""
+    adapters: Adapters | None = None
+    """None where the checkpoint holds a whole model."""
+    counters: dict[str, int] = field(default_factory=dict)
+    """Where there is no train_state.pt, its fields as far as the checkpoint tells them otherwise."""
+    has_rerun_state: bool = False
+    """Whether it was saved to run a step again."""
+
+    @property
+    def rng(self) -> RngLayout:
+        """Who had random states of its own."""
+        return RngLayout(self.layout, self.data_parallel_random_init)
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,21 @@ class Wanted:
     has_optimizer: bool
     uses_distributed_optimizer: bool
     data_parallel_random_init: bool = False
+    load_dataloader_state: str = "auto"
+    """`auto`, `require` or `ignore`."""
+    model_only: str = ""
+    """Why nothing but the model is wanted; empty where everything is."""
+    optimizer_form: OptimizerForm | None = None
+    precision: str | None = None
+    adapters: Adapters | None = None
+    """None where a whole model is loaded."""
+    reruns: bool = False
+    """Whether the rerun state machine is enabled."""
+
+    @property
+    def rng(self) -> RngLayout:
+        """Who has random states of its own."""
+        return RngLayout(self.layout, self.data_parallel_random_init)
 
 
 @dataclass(frozen=True)
@@ -47,6 +79,8 @@ class Part:
 
     restore: bool
     reason: str
+    partly: bool = False
+    """Whether only some of it is restored; `reason` says what."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +93,19 @@ class LoadPlan:
     rng: Part
     train_state: Part
     data_iterator: Part
+    rerun: Part | None = None
+    """None where no step was to be run again."""
+    reseed_rng: bool = False
+    """Whether random states were asked for and some do not apply, so that those are seeded anew."""
 
     def table(self) -> str:
         """One line for each part, for the log."""
         lines = []
         for item in fields(self):
-            part: Part = getattr(self, item.name)
-            verb = "restored" if part.restore else "fresh"
+            part = getattr(self, item.name)
+            if not isinstance(part, Part):
+                continue
+            verb = "partly" if part.partly else "restored" if part.restore else "fresh"
             lines.append(f"  {item.name.replace('_', ' '):<14} {verb:<9} {part.reason}")
         return "\n".join(lines)
 
@@ -74,64 +114,53 @@ def plan_load(saved: Saved, wanted: Wanted) -> LoadPlan:
     """Decide what to restore.
 
     Raises:
-        CheckpointMismatchError: the optimizer's state is wanted but cannot be resharded to this run's layout.
+        CheckpointMismatchError: the optimizer's state is wanted but cannot be resharded to this run's layout, or
+            the data iterator's state is required and was not saved.
     """
     optimizer = _plan_optimizer(saved, wanted)
+    rng = _plan_rng(saved, wanted)
     return LoadPlan(
-        model=Part(True, "always"),
+        model=Part(True, "always" if wanted.adapters is None else "its adapters; the rest is the pretrained model"),
         optimizer=optimizer,
         scheduler=Part(optimizer.restore, "with the optimizer"),
-        rng=_plan_rng(saved, wanted),
-        train_state=Part(
-            saved.has_train_state and not saved.release,
-            "it is a release checkpoint"
-            if saved.release
-            else "train_state.pt"
-            if saved.has_train_state
-            else "not saved",
-        ),
+        rng=rng,
+        train_state=_plan_train_state(saved, wanted),
         data_iterator=_plan_data_iterator(saved, wanted),
+        rerun=_plan_rerun(saved, wanted) if saved.has_rerun_state else None,
+        reseed_rng=_rng_is_asked_for(saved, wanted) and not keeps_every_state(saved.rng, wanted.rng),
     )
 
 
 def _plan_optimizer(saved: Saved, wanted: Wanted) -> Part:
     if not wanted.has_optimizer:
         return Part(False, "this run has no optimizer")
+    if wanted.model_only:
+        return Part(False, wanted.model_only)
     if not wanted.load_optim:
         return Part(False, "checkpoint.load_optim is false")
     if saved.release:
         return Part(False, "it is a release checkpoint")
     if not saved.has_optimizer:
         return Part(False, "it was saved with checkpoint.save_optim: false")
-    _require_loadable_optimizer(saved, wanted)
+    resharding.require_loadable(saved, wanted)
     return Part(True, "saved and wanted")
 
 
-def _require_loadable_optimizer(saved: Saved, wanted: Wanted) -> None:
-    remedy = "set checkpoint.load_optim: false to take only the model"
-    if saved.content_metadata is None:
-        raise CheckpointMismatchError(
-            "the checkpoint does not say how its optimizer state is sharded (it was written by megatron-core 0.14 "
-            f"or older), and such state can no longer be loaded; {remedy}"
-        )
-    sharding = saved.content_metadata.get(_SHARDING_TYPE)
-    was_distributed = sharding is not None
-    if was_distributed != wanted.uses_distributed_optimizer:
-        kind = "a distributed optimizer" if was_distributed else "an optimizer that is not distributed"
-        raise CheckpointMismatchError(
-            f"the checkpoint was saved with {kind} and this run sets ddp.use_distributed_optimizer: "
-            f"{_yaml(wanted.uses_distributed_optimizer)}; set it to {_yaml(was_distributed)}, or {remedy}"
-        )
-    if sharding == _DP_RESHARDABLE:
-        changed = _changed_sizes(saved.layout, wanted.layout, ("data", "context"))
-        if changed:
-            raise CheckpointMismatchError(
-                f"the checkpoint's optimizer state is {_DP_RESHARDABLE}: it can be loaded with another data-parallel "
-                f"size but not with other model-parallel sizes, and {changed}; keep the sizes, or {remedy}"
-            )
+def _plan_train_state(saved: Saved, wanted: Wanted) -> Part:
+    if wanted.model_only:
+        return Part(False, wanted.model_only)
+    if saved.release:
+        return Part(True, "a release checkpoint: counters without the iteration, which starts at 0", partly=True)
+    return Part(True, "saved and wanted")
+
+
+def _rng_is_asked_for(saved: Saved, wanted: Wanted) -> bool:
+    return wanted.load_rng and saved.has_rng and saved.layout_is_known and not (wanted.model_only or saved.release)
 
 
 def _plan_rng(saved: Saved, wanted: Wanted) -> Part:
+    if wanted.model_only:
+        return Part(False, wanted.model_only)
     if not wanted.load_rng:
         return Part(False, "checkpoint.load_rng is false")
     if saved.release:
@@ -140,48 +169,42 @@ def _plan_rng(saved: Saved, wanted: Wanted) -> Part:
         return Part(False, "it was saved with checkpoint.save_rng: false")
     if not saved.layout_is_known:
         return Part(False, "the checkpoint does not say under which parallel sizes it was saved")
-    # With expert parallelism or their own initialisation, data-parallel ranks have states of their own.
-    per_data_rank = wanted.data_parallel_random_init or max(saved.layout.expert, wanted.layout.expert) > 1
-    ignored = (
-        ("virtual_pipeline", "expert_tensor")
-        if per_data_rank
-        else (
-            "virtual_pipeline",
-            "expert_tensor",
-            "data",
-            "context",
-            "expert",
-        )
-    )
-    changed = _changed_sizes(saved.layout, wanted.layout, ignored)
-    if changed:
-        return Part(False, f"{changed}; seeded from rng.seed instead")
+    if keeps_every_state(saved.rng, wanted.rng):
+        return Part(True, "saved and wanted")
+    restores_some = saved.layout.pipeline == wanted.layout.pipeline
+    return Part(restores_some, describe_changes(saved.rng, wanted.rng), partly=restores_some)
+
+
+def _plan_rerun(saved: Saved, wanted: Wanted) -> Part:
+    if wanted.model_only:
+        return Part(False, wanted.model_only)
+    if saved.release:
+        return Part(False, "it is a release checkpoint")
+    if not wanted.reruns:
+        return Part(False, "rerun_state_machine.rerun_mode is disabled")
+    if not saved.layout_is_known:
+        return Part(False, "the checkpoint does not say under which parallel sizes it was saved")
+    changes = resharding.changed_sizes(saved.layout, wanted.layout, ())
+    if changes:
+        return Part(False, f"every rank has a state of its own, and {changes}")
     return Part(True, "saved and wanted")
 
 
 def _plan_data_iterator(saved: Saved, wanted: Wanted) -> Part:
+    if wanted.model_only:
+        return Part(False, wanted.model_only)
+    if wanted.load_dataloader_state == "ignore":
+        return Part(False, "checkpoint.load_dataloader_state is ignore; the position follows from the consumed samples")
     if saved.data_iterator_ranks == 0:
+        if wanted.load_dataloader_state == "require":
+            raise CheckpointMismatchError(
+                "checkpoint.load_dataloader_state is require, and the checkpoint holds no state of a data iterator; "
+                "set it to auto to go on after the samples that the train state counts"
+            )
         return Part(False, "not saved; the position follows from the consumed samples")
     if saved.data_iterator_ranks != wanted.layout.data:
         return Part(
-            False,
-            f"saved by {saved.data_iterator_ranks} data-parallel ranks, now there are {wanted.layout.data}; "
-            "the position follows from the consumed samples",
+            True,
+            f"saved by {saved.data_iterator_ranks} data-parallel ranks and divided anew among {wanted.layout.data}",
         )
     return Part(True, "saved and wanted")
-
-
-def _yaml(flag: bool) -> str:
-    return str(flag).lower()
-
-
-def _changed_sizes(saved: Layout, wanted: Layout, ignored: tuple[str, ...]) -> str:
-    """`the tensor size was 2 and is 1`, for every size that differs; empty if none does."""
-    if max(saved.expert, wanted.expert) == 1:
-        ignored = (*ignored, "expert_tensor")
-    changes = [
-        f"the {item.name.replace('_', '-')} size was {getattr(saved, item.name)} and is {getattr(wanted, item.name)}"
-        for item in fields(Layout)
-        if item.name not in ignored and getattr(saved, item.name) != getattr(wanted, item.name)
-    ]
-    return ", ".join(changes)

@@ -111,7 +111,7 @@ def _start(request: AsyncRequest, label: str) -> ForkedCall[Any] | None:
     if request.preload_fn is not None:
         arguments[1] = request.preload_fn()
     function, keywords = request.async_fn, request.async_fn_kwargs
-    return ForkedCall(lambda: function(*arguments, **keywords), f"background writer of {label}")
+    return ForkedCall(lambda: function(*arguments, **keywords), f"the background writer of {label}")
 
 
 def schedule_async_save(global_state: Any, async_request: AsyncRequest) -> None:

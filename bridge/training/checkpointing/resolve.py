@@ -41,6 +41,7 @@ def resolve(
     tracked: Tracked | None,
     ckpt_step: int | None,
     is_whole: Callable[[int], bool],
+    setting: str = "checkpoint.load",
 ) -> Source | None:
     """Choose a checkpoint from a directory of checkpoints.
 
@@ -52,6 +53,7 @@ def resolve(
         ckpt_step: `checkpoint.ckpt_step`.
         is_whole: whether a listed iteration was published by us and has all its files; asked only where
             there is no tracker.
+        setting: the setting that names the directory, for messages.
 
     Returns:
         The checkpoint, or None if none was ever published in this directory.
@@ -71,7 +73,7 @@ def resolve(
         return Source(listing.path / RELEASE, True, "there is a release checkpoint and no tracker")
     if listing.foreign:
         raise NotACheckpointError(
-            f"checkpoint.load: {listing.path} holds no checkpoint but something else ({_some(listing.foreign)}); "
+            f"{setting}: {listing.path} holds no checkpoint but something else ({_some(listing.foreign)}); "
             "name a directory of checkpoints, or an empty or new one to start afresh"
         )
     return None

@@ -18,18 +18,13 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from bridge.training.callbacks import CallbackContext, CallbackManager, CheckpointInfo
 from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.contents.dataloader import dataloader_sidecar
-from bridge.training.checkpointing.contents.optimizer import build_sharded_state_dict_metadata
-from bridge.training.checkpointing.contents.rng import get_rng_state
-from bridge.training.checkpointing.contents.run_config import run_config_sidecar
-from bridge.training.checkpointing.contents.state_dict import generate_state_dict
-from bridge.training.checkpointing.contents.tokenizer import tokenizer_sidecars
-from bridge.training.checkpointing.contents.train_state import train_state_sidecar
+from bridge.training.checkpointing.collecting import LiveObjects, collect
+from bridge.training.checkpointing.contents.extra_state import is_model_section
 from bridge.training.checkpointing.errors import CheckpointSaveError
 from bridge.training.checkpointing.formats import torch_dist
 from bridge.training.checkpointing.parallel import Layout, default_pg_collection
 from bridge.training.checkpointing.queue import is_empty_async_queue, queue_of
-from bridge.training.checkpointing.transaction import Committed, Contents, Save, SaveTarget
+from bridge.training.checkpointing.transaction import Committed, Save, SaveTarget
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +67,8 @@ def save_checkpoint(
         non_persistent_ckpt: not available in this version.
         train_data_iterator: saved if it has a `save_state` method.
         preprocess_common_state_dict_fn: applied to the common state before it is compared between ranks.
-        prebuilt_state_dict: used instead of generating the state dict.
+        prebuilt_state_dict: used instead of generating the state dict, as `generate_state_dict` returns it; its
+            factories may have been expanded, and `model` may then be empty. Consumed: its sections are changed.
         pg_collection: process groups; by default those of megatron-core's parallel_state.
         callback_manager: hears `on_checkpoint_save` once the checkpoint is published.
         module_name: puts the random states' key into a namespace.
@@ -94,24 +90,21 @@ def save_checkpoint(
     groups = pg_collection or default_pg_collection()
     _finish_earlier_saves(state)
 
-    target = SaveTarget(Path(cfg.save), state.train_state.step)
+    target = SaveTarget(Path(cfg.save).expanduser(), state.train_state.step)
     staging = ranks.first("making the staging directory", lambda: _begin(target, context))
     save: Save | None = None
     try:
-        contents = ranks.run(
-            "collecting the state",
-            lambda: _collect(
-                state,
-                model,
-                optimizer,
-                opt_param_scheduler,
-                num_floating_point_operations_so_far,
-                train_data_iterator,
-                prebuilt_state_dict,
-                groups,
-                module_name,
-            ),
+        live = LiveObjects(
+            state,
+            model,
+            optimizer,
+            opt_param_scheduler,
+            num_floating_point_operations_so_far,
+            train_data_iterator,
+            groups,
+            module_name,
         )
+        contents = collect(live, prebuilt_state_dict, ranks)
         payload, context[SAVE_STRATEGY] = torch_dist.plan_save(
             contents.state_dict,
             staging,
@@ -126,7 +119,8 @@ def save_checkpoint(
         def announce(committed: Committed) -> None:
             _announce(committed, state, model, optimizer, opt_param_scheduler, callback_manager)
 
-        save = Save(target, staging, payload, contents.sidecars, Layout.of(groups, len(model)), announce, started)
+        layout = Layout.of(groups, _chunks_in(contents.state_dict))
+        save = Save(target, staging, payload, contents.sidecars, layout, announce, started)
         label = f"the checkpoint of iteration {target.iteration}"
         if cfg.async_save:
             request = AsyncRequest(save.write, (), [save.publish])
@@ -165,46 +159,9 @@ def _begin(target: SaveTarget, context: dict[str, Any]) -> Path:
     return commit.begin_staging(target.save_dir, target.iteration)
 
 
-def _collect(
-    state: Any,
-    model: list[Any],
-    optimizer: Any | None,
-    scheduler: Any | None,
-    flops: int,
-    train_iterator: Any | None,
-    prebuilt_state_dict: dict[str, Any] | None,
-    groups: Any,
-    module_name: str | None,
-) -> Contents:
-    cfg = state.cfg.checkpoint
-    metadata = build_sharded_state_dict_metadata(
-        state.cfg.ddp.use_distributed_optimizer, cfg.dist_ckpt_optim_fully_reshardable
-    )
-    if prebuilt_state_dict is not None:
-        state_dict = prebuilt_state_dict
-    else:
-        building = {"metadata": {**metadata, "dp_cp_group": groups.dp_cp}}
-        rng_state = None
-        if cfg.save_rng:
-            rng_state = get_rng_state(
-                state.cfg.rng.data_parallel_random_init, cfg.ckpt_format, pg_collection=groups, module_name=module_name
-            )
-        state_dict = generate_state_dict(
-            cfg,
-            model,
-            optimizer,
-            scheduler,
-            rng_state,
-            iteration=state.train_state.step,
-            optim_sd_kwargs=building,
-            model_sd_kwargs=building,
-        )
-    sidecars = [dataloader_sidecar(train_iterator, groups)]
-    if Ranks.current().is_first:
-        sidecars += [train_state_sidecar(state.train_state, flops), run_config_sidecar(state.cfg)]
-        if cfg.save_tokenizer_assets:
-            sidecars += tokenizer_sidecars(state.tokenizer)
-    return Contents(state_dict, metadata, tuple(sidecar for sidecar in sidecars if sidecar is not None))
+def _chunks_in(state_dict: dict[str, Any]) -> int:
+    """Model chunks of this rank; counted in what is saved, because a prebuilt state dict may outlive its model."""
+    return sum(1 for key in state_dict if is_model_section(key))
 
 
 def _announce(

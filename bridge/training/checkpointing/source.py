@@ -5,24 +5,30 @@ All of this runs on rank 0 only. Nothing is cached: trackers and checkpoints cha
 
 from __future__ import annotations
 
-import json
 import logging
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bridge.training.checkpointing.adapter_plan import saved_adapters
 from bridge.training.checkpointing.contents.dataloader import saved_data_parallel_size
+from bridge.training.checkpointing.contents.legacy import (
+    ARGS,
+    content_metadata_of,
+    counters_of,
+    extract_megatron_lm_args,
+)
+from bridge.training.checkpointing.contents.rerun import RERUN
 from bridge.training.checkpointing.contents.run_config import read_run_config, value_at
 from bridge.training.checkpointing.contents.train_state import read_train_state
+from bridge.training.checkpointing.detection import get_checkpoint_format, read_metadata
 from bridge.training.checkpointing.errors import (
     CheckpointDamagedError,
     CheckpointError,
     CheckpointMismatchError,
     NotACheckpointError,
 )
+from bridge.training.checkpointing.formats import torch_dist
 from bridge.training.checkpointing.integrity import Manifest, find_damage, read_manifest
 from bridge.training.checkpointing.layout import (
     COMMON,
@@ -38,31 +44,50 @@ from bridge.training.checkpointing.layout import (
     is_iteration_directory,
     iteration_name,
     list_checkpoints,
+    parse_iteration_name,
 )
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.plan import Saved
+from bridge.training.checkpointing.resharding import saved_form
 from bridge.training.checkpointing.resolve import Source, Tracked, reject_step_of_iteration_directory, resolve
 
 logger = logging.getLogger(__name__)
 
+_SIZES = {
+    "tensor": "tensor_model_parallel_size",
+    "pipeline": "pipeline_model_parallel_size",
+    "virtual_pipeline": "virtual_pipeline_model_parallel_size",
+    "context": "context_parallel_size",
+    "expert": "expert_model_parallel_size",
+    "expert_tensor": "expert_tensor_parallel_size",
+    "data": "data_parallel_size",
+}
+"""Where a configuration's `model` section says the sizes of a Layout; the last only in that of Megatron-LM."""
 
-def find_source(load_dir: Path, ckpt_step: int | None, own_files: Iterable[Path] = ()) -> Source | None:
+
+def find_source(
+    load_dir: Path,
+    ckpt_step: int | None,
+    own_paths: Iterable[Path] = (),
+    setting: str = "checkpoint.load",
+) -> Source | None:
     """The checkpoint to load from `load_dir`, or None if none was ever published there.
 
     Args:
         load_dir: a directory of checkpoints, or one checkpoint.
         ckpt_step: explicit iteration.
-        own_files: files of this run that may lie in `load_dir` and mean nothing.
+        own_paths: what this run itself writes; below `load_dir` it means nothing.
+        setting: the setting that names `load_dir`, for messages.
 
     Raises:
         CheckpointError: as `resolve`, or a tracker is unreadable.
     """
     if load_dir.exists() and not load_dir.is_dir():
-        raise NotACheckpointError(f"checkpoint.load: {load_dir} is not a directory")
+        raise NotACheckpointError(f"{setting}: {load_dir} is not a directory")
     if is_iteration_directory(load_dir):
         reject_step_of_iteration_directory(load_dir, ckpt_step)
-        return Source(load_dir, load_dir.name == RELEASE, "checkpoint.load names this one checkpoint")
-    listing = list_checkpoints(load_dir, own_files)
+        return Source(load_dir, load_dir.name == RELEASE, f"{setting} names this one checkpoint")
+    listing = list_checkpoints(load_dir, own_paths)
     tracked = read_tracker(listing) if ckpt_step is None else None
 
     def is_whole(iteration: int) -> bool:
@@ -73,7 +98,7 @@ def find_source(load_dir: Path, ckpt_step: int | None, own_files: Iterable[Path]
             return False
         return True
 
-    return resolve(listing, tracked, ckpt_step, is_whole)
+    return resolve(listing, tracked, ckpt_step, is_whole, setting)
 
 
 def read_tracker(listing: Listing) -> Tracked | None:
@@ -87,19 +112,8 @@ def read_tracker(listing: Listing) -> Tracked | None:
         return Tracked(step, False, TRACKER)
     if not listing.has_legacy_tracker:
         return None
-    path = listing.path / LEGACY_TRACKER
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except (UnicodeDecodeError, OSError) as error:
-        raise CheckpointDamagedError(f"{path} is not a readable tracker: {error}") from error
-    if text == RELEASE:
-        return Tracked(0, True, LEGACY_TRACKER)
-    if not text.isdecimal():
-        raise CheckpointDamagedError(
-            f"{path} holds {text[:40]!r} where an iteration or 'release' belongs; "
-            "set checkpoint.ckpt_step to the iteration to load"
-        )
-    return Tracked(int(text), False, LEGACY_TRACKER)
+    iteration, release = read_metadata(listing.path / LEGACY_TRACKER)
+    return Tracked(iteration, release, LEGACY_TRACKER)
 
 
 def require_whole(path: Path) -> Manifest | None:
@@ -115,12 +129,14 @@ def require_whole(path: Path) -> Manifest | None:
     """
     manifest = read_manifest(path)
     if manifest is not None:
+        # Small files are checked to the last bit; reading every shard twice would cost as much as the load.
         problems = find_damage(path, manifest.files)
+        problems = problems or find_damage(path, (r for r in manifest.files if not _is_shard(r.name)), checksums=True)
         if problems:
             raise CheckpointDamagedError(f"{path} is damaged: {'; '.join(problems)}")
     else:
         _require_whole_without_manifest(path)
-    backend = _backend(path)
+    backend = get_checkpoint_format(path)
     if backend != "torch_dist":
         raise CheckpointMismatchError(
             f"{path} is in the format {backend!r}, and this version reads 'torch_dist' (checkpoint.ckpt_format)"
@@ -135,31 +151,51 @@ def describe(source: Source) -> Saved:
         CheckpointError: as `require_whole`, or a file in it is unreadable.
     """
     manifest = require_whole(source.path)
-    config = read_run_config(source.path)
-    common = _read_common(source.path)
+    common = torch_dist.read_common(source.path)
+    config = _configuration(source.path, common)
     has_train_state = (source.path / TRAIN_STATE).exists()
-    iteration = read_train_state(source.path / TRAIN_STATE)["step"] if has_train_state else common.get("iteration", 0)
+    counters = read_train_state(source.path / TRAIN_STATE) if has_train_state else counters_of(common)
     if manifest is not None:
+        _require_one_iteration(source.path, manifest.iteration, int(counters["step"]), common.get("iteration"))
         layout = Layout.from_sizes(manifest.parallel_sizes)
     else:
-        names = {
-            "tensor": "tensor_model_parallel_size",
-            "pipeline": "pipeline_model_parallel_size",
-            "context": "context_parallel_size",
-            "expert": "expert_model_parallel_size",
-        }
-        layout = Layout.from_sizes({size: value_at(config, "model", key, 1) for size, key in names.items()})
+        sizes = {size: value_at(config, "model", key, None) for size, key in _SIZES.items()}
+        sizes["expert_tensor"] = sizes["expert_tensor"] or sizes["tensor"]
+        layout = Layout.from_sizes(sizes)
     return Saved(
-        iteration=int(iteration),
+        iteration=int(counters["step"]),
         release=source.release,
         layout=layout,
         layout_is_known=manifest is not None or config is not None,
-        content_metadata=common.get("content_metadata"),
+        content_metadata=content_metadata_of(common),
         has_optimizer=bool(value_at(config, "checkpoint", "save_optim", "optimizer" in common)),
         has_rng=bool(value_at(config, "checkpoint", "save_rng", False)),
         has_train_state=has_train_state,
+        counters={} if has_train_state else counters,
+        has_rerun_state=bool(common.get(RERUN)),
         data_iterator_ranks=saved_data_parallel_size(source.path),
+        data_parallel_random_init=bool(value_at(config, "rng", "data_parallel_random_init", False)),
+        optimizer_form=saved_form(common.get("optimizer")),
+        precision=value_at(config, "model", "precision", None),
+        # Ours say so by a mark; only where another program wrote the checkpoint does its configuration decide.
+        adapters=saved_adapters(content_metadata_of(common), config if manifest is None else None),
     )
+
+
+def _configuration(path: Path, common: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration that the checkpoint was saved with, or what Megatron-LM's arguments tell of it."""
+    config = read_run_config(path)
+    if config is None and ARGS in common:
+        return extract_megatron_lm_args(common)
+    if config is None:
+        logger.warning(
+            "%s has neither %s nor Megatron-LM's arguments: the parallel sizes that it was saved with are unknown. "
+            "Random states start afresh, and optimizer state that is bound to those sizes is taken to fit this run's; "
+            "set checkpoint.load_optim: false to take only the model",
+            path,
+            RUN_CONFIG,
+        )
+    return config
 
 
 def _require_whole_without_manifest(path: Path) -> None:
@@ -178,21 +214,19 @@ def _require_whole_without_manifest(path: Path) -> None:
         raise NotACheckpointError(f"{path} is not a checkpoint: {problem}")
 
 
-def _backend(path: Path) -> str:
-    file = path / MCORE_METADATA
-    try:
-        content = json.loads(file.read_text())
-        return str(content["sharded_backend"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointDamagedError(f"{file} does not say which format the checkpoint is in: {error}") from error
+def _is_shard(name: str) -> bool:
+    return name.endswith(".distcp")
 
 
-def _read_common(path: Path) -> dict[str, Any]:
-    file = path / COMMON
-    try:
-        common = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointDamagedError(f"{file} is not readable: {type(error).__name__}: {error}") from error
-    if not isinstance(common, dict):
-        raise CheckpointDamagedError(f"{file} holds a {type(common).__name__} where a dictionary belongs")
-    return common
+def _require_one_iteration(path: Path, manifest: int, train_state: int, common: Any) -> None:
+    """Refuse a checkpoint whose files, or whose name, belong to different iterations."""
+    found = {
+        "its directory's name": parse_iteration_name(path.name),
+        MANIFEST: manifest,
+        TRAIN_STATE: train_state,
+        COMMON: common,
+    }
+    known = {name: iteration for name, iteration in found.items() if iteration is not None}
+    if len(set(known.values())) > 1:
+        listed = ", ".join(f"{name} says {iteration}" for name, iteration in known.items())
+        raise CheckpointDamagedError(f"{path} is mixed up: {listed}")

@@ -48,7 +48,6 @@ class RankReport:
 
     files: list[FileRecord]
     result: Any
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,6 @@ class Save:
 
     def write(self) -> RankReport:
         """Write and sync this rank's files. Talks to no other rank, so it may run in a background process."""
-        begun = time.monotonic()
         names, result = self.payload.write()
         for sidecar in (*self.payload.sidecars, *self.sidecars):
             path = self.staging / sidecar.name
@@ -86,7 +84,7 @@ class Save:
             write_file(path, sidecar.data)
             names = [*names, sidecar.name]
         sync_directory(self.staging)
-        return RankReport(commit.describe_files(self.staging, names), result, time.monotonic() - begun)
+        return RankReport(commit.describe_files(self.staging, names), result)
 
     def accept(self, report: RankReport) -> None:
         """Take the report of this rank's write."""

@@ -10,7 +10,14 @@ from bridge.training.config.errors import ConfigError
 from bridge.training.config.loading import load_config
 from bridge.training.config.model import GPTModelConfig
 from bridge.training.config.optimizer import DistributedDataParallelConfig, OptimizerConfig, SchedulerConfig
-from bridge.training.config.training import DistributedInitConfig, LoggerConfig, RNGConfig, TrainingConfig
+from bridge.training.config.peft import LoRAConfig
+from bridge.training.config.training import (
+    DistributedInitConfig,
+    LoggerConfig,
+    RerunStateMachineConfig,
+    RNGConfig,
+    TrainingConfig,
+)
 
 __all__ = [
     "CheckpointConfig",
@@ -20,9 +27,11 @@ __all__ = [
     "DistributedDataParallelConfig",
     "DistributedInitConfig",
     "GPTModelConfig",
+    "LoRAConfig",
     "LoggerConfig",
     "OptimizerConfig",
     "RNGConfig",
+    "RerunStateMachineConfig",
     "SchedulerConfig",
     "TokenizerConfig",
     "TrainingConfig",

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 NOT_AVAILABLE: frozenset[str] = frozenset(
     {
-        "peft",
         "ddp.use_megatron_fsdp",
-        "checkpoint.load_main_params_from_ckpt",
-        "checkpoint.pretrained_checkpoint",
-        "checkpoint.finetune",
         "checkpoint.ckpt_format",
         "checkpoint.ckpt_assume_constant_structure",
         "checkpoint.non_persistent_save_interval",
@@ -19,8 +15,6 @@ NOT_AVAILABLE: frozenset[str] = frozenset(
         "checkpoint.replication",
         "checkpoint.replication_jump",
         "checkpoint.replication_factor",
-        "checkpoint.dist_ckpt_optim_fully_reshardable",
-        "checkpoint.distrib_optim_fully_reshardable_mem_efficient",
         "checkpoint.most_recent_k",
         "checkpoint.strict_fsdp_dtensor_load",
     }

@@ -43,6 +43,11 @@ class CheckpointConfig:
     load_rng: bool = True
     """Whether the random number generators are loaded."""
 
+    load_dataloader_state: Literal["auto", "require", "ignore"] = "auto"
+    """Whether data iterators are put back to their saved position: `auto` where the checkpoint holds one, `require`
+    makes its absence an error, `ignore` starts them from what the train state counts. A position that the data
+    iterator cannot take, because the data-parallel size has changed for one, is an error but with `ignore`."""
+
     load_main_params_from_ckpt: bool = False
     """Whether the optimizer's main parameters come from the checkpoint's; use with `load_optim` false."""
 
@@ -63,6 +68,9 @@ class CheckpointConfig:
         "ignore_all",
     ] = "assume_ok_unexpected"
     """What happens when the checkpoint's keys and the requested keys differ."""
+
+    safe_globals: list[str] | None = None
+    """Classes, as dotted paths, that files of a checkpoint may hold beside those that torch allows."""
 
     pretrained_checkpoint: str | None = None
     """Directory of a checkpoint whose model fine-tuning starts from."""

@@ -13,8 +13,15 @@ from bridge.training.config.errors import ConfigError
 from bridge.training.config.model import GPTModelConfig
 from bridge.training.config.optimizer import DistributedDataParallelConfig, OptimizerConfig, SchedulerConfig
 from bridge.training.config.parallel_rules import data_parallel_size
+from bridge.training.config.peft import LoRAConfig
 from bridge.training.config.serialization import from_plain, read_yaml, to_plain, write_yaml
-from bridge.training.config.training import DistributedInitConfig, LoggerConfig, RNGConfig, TrainingConfig
+from bridge.training.config.training import (
+    DistributedInitConfig,
+    LoggerConfig,
+    RerunStateMachineConfig,
+    RNGConfig,
+    TrainingConfig,
+)
 from bridge.training.config.validation import violations
 
 
@@ -58,8 +65,11 @@ class ConfigContainer:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     """Console and metrics."""
 
-    peft: dict[str, Any] | None = None
-    """Parameter-efficient fine-tuning."""
+    rerun_state_machine: RerunStateMachineConfig = field(default_factory=RerunStateMachineConfig)
+    """Repeating steps that went wrong."""
+
+    peft: LoRAConfig | None = None
+    """Parameter-efficient fine-tuning of `checkpoint.pretrained_checkpoint`; None trains the whole model."""
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel replicas of the model among `world_size` ranks.

@@ -43,13 +43,40 @@ class DatasetConfig:
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """The tokenizer whose assets travel with a checkpoint."""
+    """The tokenizer whose assets travel with a checkpoint.
 
-    tokenizer_type: Literal["HuggingFaceTokenizer", "NullTokenizer"] = "HuggingFaceTokenizer"
-    """`HuggingFaceTokenizer` reads a `tokenizer.json`; `NullTokenizer` only has a size."""
+    Each kind has its own files and settings, and a setting of another kind is refused. Where a file is
+    expected, a directory that holds it under its usual name will do: `iter_N/tokenizer` of a checkpoint is one.
+    """
+
+    tokenizer_type: Literal[
+        "HuggingFaceTokenizer",
+        "SentencePieceTokenizer",
+        "GPT2BPETokenizer",
+        "BertWordPieceLowerCase",
+        "BertWordPieceCase",
+        "TikTokenizer",
+        "NullTokenizer",
+    ] = "HuggingFaceTokenizer"
+    """The kind, by the names that Megatron-LM has for them."""
 
     tokenizer_model: str | None = None
-    """Directory that holds `tokenizer.json`, or that file itself."""
+    """`tokenizer.json` of Hugging Face or of tiktoken, or the `tokenizer.model` of SentencePiece."""
+
+    vocab_file: str | None = None
+    """`vocab.json` of the GPT-2 tokenizer, or `vocab.txt` of the BERT tokenizers."""
+
+    merge_file: str | None = None
+    """`merges.txt` of the GPT-2 tokenizer."""
 
     vocab_size: int | None = None
-    """Tokens of the NullTokenizer."""
+    """Tokens of the NullTokenizer. Also how many ids of a TikTokenizer are used; None uses up to 131072."""
+
+    tiktoken_pattern: Literal["v1", "v2"] = "v2"
+    """How a TikTokenizer splits text before it merges bytes: as the first or the second Tekken pattern does."""
+
+    tiktoken_num_special_tokens: int = 1000
+    """Ids that a TikTokenizer sets aside, below those of its file, for special tokens."""
+
+    tiktoken_special_tokens: list[str] | None = None
+    """Special tokens of a TikTokenizer, from id 0 on; None is `<unk> <s> </s> <mask> <pad> <cls> <sep>`."""

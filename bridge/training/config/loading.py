@@ -15,11 +15,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bridge.training.config.container import ConfigContainer
 from bridge.training.config.errors import ConfigError
-from bridge.training.config.schema import Mismatch, convert, field_types, is_section, nearest, show
+from bridge.training.config.schema import (
+    Mismatch,
+    convert,
+    field_types,
+    is_section,
+    nearest,
+    section_type,
+    show,
+)
 
-_SECTIONS: dict[str, Any] = field_types(ConfigContainer)
+_SECTIONS: dict[str, type] = {
+    name: section for name, declared in field_types(ConfigContainer).items() if (section := section_type(declared))
+}
+_OPTIONAL = {name for name, declared in field_types(ConfigContainer).items() if not is_section(declared)}
+"""Sections that a configuration may lack: null says so."""
 _SETTINGS: tuple[str, ...] = tuple(
-    f"{name}.{field}" for name, section in _SECTIONS.items() if is_section(section) for field in field_types(section)
+    f"{name}.{field}" for name, section in _SECTIONS.items() for field in field_types(section)
 )
 
 
@@ -64,7 +76,8 @@ def _read_file(path: Path) -> _Source:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected sections such as `model:` and `train:`, found a list or a single value")
     # A section whose settings are all commented out reads as null and sets nothing.
-    empty = {name for name in settings if settings[name] is None and is_section(_SECTIONS.get(str(name)))}
+    always_there = _SECTIONS.keys() - _OPTIONAL
+    empty = {name for name in settings if settings[name] is None and name in always_there}
     return _Source(str(path), {str(name): settings[name] for name in settings if name not in empty})
 
 
@@ -88,7 +101,7 @@ def _unknown_settings(source: _Source) -> Iterator[str]:
         section = _SECTIONS.get(name)
         if section is None:
             yield f"{source.label}: unknown section {name!r}; {_advice(name, values)}"
-        elif not is_section(section):
+        elif values is None and name in _OPTIONAL:
             continue
         elif not isinstance(values, dict):
             yield f"{source.label}: {name}: {show(values)} is not a mapping; set its settings one by one"
@@ -136,14 +149,16 @@ def _build(merged: DictConfig, sources: Sequence[_Source]) -> ConfigContainer:
     """The merged values as dataclasses."""
     problems: list[str] = []
     parts: dict[str, Any] = {}
-    for name, declared in _SECTIONS.items():
-        if not is_section(declared):
-            parts[name] = _take(merged, name, name, declared, sources, problems)
+    for name, section in _SECTIONS.items():
+        given = merged[name]
+        if given is None:
+            parts[name] = None
             continue
-        parts[name] = declared(
+        parts[name] = section(
             **{
-                field: _take(merged[name], field, f"{name}.{field}", field_type, sources, problems)
-                for field, field_type in field_types(declared).items()
+                field: _take(given, field, f"{name}.{field}", field_type, sources, problems)
+                for field, field_type in field_types(section).items()
+                if field in given
             }
         )
     if problems:
@@ -179,8 +194,6 @@ def _given(setting: str, sources: Sequence[_Source]) -> tuple[Any, str]:
     section, _, field = setting.partition(".")
     for source in reversed(sources):
         values = source.settings.get(section)
-        if not field and section in source.settings:
-            return values, f" (from {source.label})"
         if isinstance(values, dict) and field in values:
             return values[field], f" (from {source.label})"
     return None, ""

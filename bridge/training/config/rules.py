@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from bridge.training.config.schema import Violation, at_least, between, field_types, multiple_of
+from bridge.training.config.schema import (
+    Violation,
+    at_least,
+    between,
+    default_of,
+    field_types,
+    multiple_of,
+    show,
+)
 
 if TYPE_CHECKING:
     from bridge.training.config.data import DatasetConfig, TokenizerConfig
@@ -18,6 +26,7 @@ if TYPE_CHECKING:
     from bridge.training.config.training import (
         DistributedInitConfig,
         LoggerConfig,
+        RerunStateMachineConfig,
         RNGConfig,
         TrainingConfig,
     )
@@ -256,19 +265,39 @@ def _is_split(split: str) -> bool:
     return len(sizes) == 3 and min(sizes) >= 0 and sizes[0] > 0 and sum(sizes) < float("inf")
 
 
+_TOKENIZER_FILES: dict[str, tuple[str, ...]] = {
+    "HuggingFaceTokenizer": ("tokenizer_model",),
+    "SentencePieceTokenizer": ("tokenizer_model",),
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "BertWordPieceLowerCase": ("vocab_file",),
+    "BertWordPieceCase": ("vocab_file",),
+    "TikTokenizer": ("tokenizer_model",),
+    "NullTokenizer": ("vocab_size",),
+}
+"""What each kind of tokenizer cannot do without."""
+
+_TIKTOKEN_SETTINGS = ("vocab_size", "tiktoken_pattern", "tiktoken_num_special_tokens", "tiktoken_special_tokens")
+
+
 def tokenizer_rules(tokenizer: TokenizerConfig) -> Iterator[Violation]:
-    """Each type has the one setting that it needs, and not that of the other."""
-    yield from at_least("tokenizer", tokenizer, 1, "vocab_size")
+    """Each kind has the settings that it needs, and none of another kind."""
+    yield from at_least("tokenizer", tokenizer, 1, "vocab_size", "tiktoken_num_special_tokens")
     kind = tokenizer.tokenizer_type
-    needed, other = ("tokenizer_model", "vocab_size")
-    if kind == "NullTokenizer":
-        needed, other = other, needed
-    if getattr(tokenizer, needed) in (None, ""):
-        yield Violation(f"tokenizer.{needed}", getattr(tokenizer, needed), f"is needed by {kind}", "set it")
-    if getattr(tokenizer, other) is not None:
-        yield Violation(
-            f"tokenizer.{other}", getattr(tokenizer, other), f"has no effect with {kind}", "leave it at null"
-        )
+    needed = _TOKENIZER_FILES[kind]
+    for field in needed:
+        value = getattr(tokenizer, field)
+        if value is None or value == "":
+            yield Violation(f"tokenizer.{field}", value, f"is needed by {kind}", "set it")
+    understood = {"tokenizer_type", *needed, *(_TIKTOKEN_SETTINGS if kind == "TikTokenizer" else ())}
+    for field in field_types(type(tokenizer)):
+        value, default = getattr(tokenizer, field), default_of(type(tokenizer), field)
+        if field not in understood and value != default:
+            yield Violation(f"tokenizer.{field}", value, f"has no effect with {kind}", f"leave it at {show(default)}")
+
+
+def rerun_rules(rerun: RerunStateMachineConfig) -> Iterator[Violation]:
+    """How many steps a fault is simulated in."""
+    yield from at_least("rerun_state_machine", rerun, 0, "error_injection_rate")
 
 
 def run_rules(rng: RNGConfig, dist: DistributedInitConfig, logger: LoggerConfig) -> Iterator[Violation]:

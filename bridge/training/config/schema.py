@@ -54,6 +54,15 @@ def is_section(declared: Any) -> TypeGuard[type]:
     return isinstance(declared, type) and dataclasses.is_dataclass(declared)
 
 
+def section_type(declared: Any) -> type | None:
+    """The dataclass of a declared type that is a section, or a section that may be left out (`Section | None`)."""
+    if is_section(declared):
+        return declared
+    if get_origin(declared) in (Union, types.UnionType):
+        return next((member for member in get_args(declared) if is_section(member)), None)
+    return None
+
+
 def field_types(section: type) -> dict[str, Any]:
     """Field names of a dataclass, in order, with their resolved types."""
     hints = get_type_hints(section)

@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 import yaml
 
 from bridge.training.config.errors import ConfigError
-from bridge.training.config.schema import Mismatch, convert, field_types, is_section, nearest, show
+from bridge.training.config.schema import (
+    Mismatch,
+    convert,
+    field_types,
+    is_section,
+    nearest,
+    section_type,
+    show,
+)
 
 PUBLIC_MODULE = "bridge.training.config"
 """Where the names of all sections live, whichever module defines them: files outlive modules."""
@@ -86,8 +94,9 @@ def _read_section(section: type[T], values: Any, name: str, problems: list[str])
             close = nearest(str(key), known)
             advice = f"did you mean {close!r}?" if close else "was the file written by another version?"
             problems.append(f"{setting}: unknown setting; {advice}")
-        elif is_section(known[key]):
-            arguments[key] = _read_section(known[key], value, setting, problems)
+        elif (part := section_type(known[key])) is not None:
+            left_out = value is None and not is_section(known[key])
+            arguments[key] = None if left_out else _read_section(part, value, setting, problems)
         else:
             _read_value(setting, key, value, known[key], arguments, problems)
     return section(**arguments) if len(problems) == found else None

@@ -55,6 +55,20 @@ class DistributedInitConfig:
 
 
 @dataclass(kw_only=True)
+class RerunStateMachineConfig:
+    """What is done about a step whose loss is not a number."""
+
+    rerun_mode: Literal["disabled", "validate_results"] = "disabled"
+    """`validate_results` repeats the step, at once and then after a restart, to tell hardware faults from others."""
+
+    error_injection_rate: int = 0
+    """Simulate a fault in one of this many steps, at random; 0 simulates none."""
+
+    error_injection_type: Literal["correct_result", "transient_error", "persistent_error"] = "transient_error"
+    """What the simulated fault turns out to be."""
+
+
+@dataclass(kw_only=True)
 class LoggerConfig:
     """What a run tells about itself."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bridge.training.config import parallel_rules, rules
 from bridge.training.config.availability import NOT_AVAILABLE
 from bridge.training.config.checkpoint_rules import checkpoint_rules
+from bridge.training.config.peft import peft_rules
 from bridge.training.config.schema import (
     Mismatch,
     Violation,
@@ -15,6 +16,7 @@ from bridge.training.config.schema import (
     default_of,
     field_types,
     is_section,
+    section_type,
     show,
 )
 
@@ -37,7 +39,9 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("dataset",), rules.dataset_rules),
     (("tokenizer",), rules.tokenizer_rules),
     (("rng", "dist", "logger"), rules.run_rules),
+    (("rerun_state_machine",), rules.rerun_rules),
     (("checkpoint",), checkpoint_rules),
+    (("peft", "checkpoint"), peft_rules),
 )
 """Every rule with the sections that it reads, in the order in which violations are reported."""
 
@@ -52,10 +56,12 @@ def violations(config: ConfigContainer, world_size: int | None) -> list[str]:
     well_typed: dict[str, Any] = {}
     for name, declared in field_types(type(config)).items():
         section = getattr(config, name)
-        if not is_section(declared):
-            found += _field_violations(config, name, declared, setting=name)
-        elif type(section) is not declared:
-            found.append(Violation(name, section, "is not valid", f"set it to a {declared.__name__}"))
+        expected = section_type(declared)
+        if section is None and not is_section(declared):
+            well_typed[name] = None
+        elif type(section) is not expected:
+            wanted = expected.__name__ if expected is not None else "section"
+            found.append(Violation(name, section, "is not valid", f"set it to a {wanted}"))
         else:
             found += _section_violations(name, section)
             if _is_well_typed(section):

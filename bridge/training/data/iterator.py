@@ -166,6 +166,26 @@ class TrainDataIterator(Iterator[Batch]):
             )
         self._seek(consumed)
 
+    def reshard_state(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> None:
+        """Go to the position that the ranks of a run of another data-parallel size saved, one state each.
+
+        The samples that follow are divided among this run's ranks; none is repeated or left out.
+
+        Raises:
+            DataStateError: the ranks were not at the same position, or `load_state` refuses it.
+        """
+        if (rank, size) != (self._rank, self._ranks):
+            raise DataStateError(
+                f"this is the iterator of data-parallel rank {self._rank} of {self._ranks}, not of {rank} of {size}"
+            )
+        positions = [state.get("consumed_samples") for state in states]
+        if len(set(positions)) != 1:
+            raise DataStateError(
+                f"the data-parallel ranks that saved were at different samples: {positions}; "
+                "set checkpoint.load_dataloader_state: ignore to go on after the samples that the train state counts"
+            )
+        self.load_state(states[0])
+
     def close(self) -> None:
         """Let go of reading processes and of what they have read ahead; the position stays."""
         self._batches = None

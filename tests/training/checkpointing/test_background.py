@@ -26,7 +26,7 @@ def test_an_exception_comes_back_with_its_type_and_traceback() -> None:
     call = ForkedCall(fail, "writer")
     with pytest.raises(CheckpointSaveError) as caught:
         call.result()
-    assert str(caught.value) == "the writer process failed: OSError: [Errno 28] No space left on device"
+    assert str(caught.value) == "the process of writer failed: OSError: [Errno 28] No space left on device"
     assert "in fail" in str(caught.value.__cause__)
 
 
@@ -34,13 +34,13 @@ def test_a_killed_process_is_noticed() -> None:
     call = ForkedCall(lambda: time.sleep(60), "writer")
     assert not call.poll()
     os.kill(call.pid, signal.SIGKILL)
-    with pytest.raises(CheckpointSaveError, match=r"^the writer process was killed by SIGKILL$"):
+    with pytest.raises(CheckpointSaveError, match=r"^the process of writer was killed by SIGKILL$"):
         call.result()
 
 
 def test_a_process_that_exits_without_a_result_is_noticed() -> None:
     call = ForkedCall(lambda: os._exit(3), "writer")
-    with pytest.raises(CheckpointSaveError, match=r"^the writer process ended with status 3 and no result$"):
+    with pytest.raises(CheckpointSaveError, match=r"^the process of writer ended with status 3 and no result$"):
         call.result()
 
 

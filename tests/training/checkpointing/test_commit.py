@@ -1,5 +1,6 @@
 """The commit on a real directory: whole or absent, replaced as a whole, recovered after a crash."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.errors import CheckpointSaveError
 from bridge.training.checkpointing.integrity import FileRecord, Manifest
-from bridge.training.checkpointing.layout import new_saving_name, new_trash_name
+from bridge.training.checkpointing.layout import WRITER, new_saving_name, new_trash_name
 
 
 def stage(save_dir: Path, iteration: int, contents: dict[str, bytes], *, seal: bool = True) -> Path:
@@ -27,7 +28,7 @@ def manifest_of(staging: Path, iteration: int, names: list[str]) -> Manifest:
 
 
 def tree(path: Path) -> set[str]:
-    return {entry.relative_to(path).as_posix() for entry in path.rglob("*")}
+    return {entry.relative_to(path).as_posix() for entry in path.rglob("*")} - {WRITER}
 
 
 def test_a_save_is_published_under_its_iteration_with_exactly_its_files(tmp_path: Path) -> None:
@@ -117,3 +118,40 @@ def test_recovery_runs_once_in_a_process(tmp_path: Path) -> None:
     assert leftover.exists()
     commit.recover_once(tmp_path, {})
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("place", ["absent", "absent/below", "."])
+def test_a_save_directory_is_made_and_tried_and_left_empty(tmp_path: Path, place: str) -> None:
+    commit.recover_once(tmp_path / place, None)
+    assert (tmp_path / place / WRITER).is_file()
+    assert tree(tmp_path / place) == set()
+
+
+def unusable(kind: str, directory: Path) -> tuple[Path, str]:
+    """A path where nothing can be saved, and what the message says of it."""
+    if kind == "file":
+        (directory / "file").touch()
+        return directory / "file", f"{directory / 'file'} is not a directory"
+    if kind == "file above":
+        (directory / "file").touch()
+        return directory / "file" / "save", f"{directory / 'file'} is not a directory"
+    if kind == "dangling link":
+        (directory / "link").symlink_to(directory / "gone")
+        return directory / "link", f"{directory / 'link'} is a link to {directory / 'gone'}, which does not exist"
+    if kind == "refused by the file system":
+        return Path("/proc/save"), "No such file or directory: '/proc/save'"
+    directory.chmod(0o500)
+    return directory, f"Permission denied: '{directory / WRITER}'"
+
+
+@pytest.mark.parametrize("kind", ["file", "file above", "dangling link", "refused by the file system", "no permission"])
+def test_a_place_that_cannot_be_saved_in_is_an_error_that_names_the_setting(tmp_path: Path, kind: str) -> None:
+    if kind == "no permission" and os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    path, reason = unusable(kind, tmp_path)
+    context: dict[str, object] = {}
+    for _ in range(2):  # a failure is not remembered as done
+        with pytest.raises(CheckpointSaveError) as caught:
+            commit.recover_once(path, context)
+        assert str(caught.value).startswith(f"checkpoint.save: cannot save in {path}: ")
+        assert str(caught.value).endswith(f"{reason}; name a directory that can be made and written")

@@ -31,11 +31,19 @@ def test_staging_names_are_unique_and_recognised() -> None:
 
 def test_listing_sorts_names_into_what_they_are(tmp_path: Path) -> None:
     leftovers = [".saving-iter_0000020-3f9c12ab", ".trash-iter_0000005-77b0e1d4", ".latest_train_state.pt.bridge-tmp"]
-    for name in ["iter_0000010", "iter_0000002", "iter_best", "release", "tensorboard", "lost+found", *leftovers]:
+    ignored = [
+        "lost+found",
+        ".snapshot",
+        ".nfs000000000123",
+        ".gitkeep",
+        ".bridge-writer",
+        ".trash-1000",
+        ".trash-a-xyz",
+    ]
+    for name in ["iter_0000010", "iter_0000002", "iter_best", "release", "tensorboard", *ignored, *leftovers]:
         (tmp_path / name).mkdir()
     (tmp_path / "latest_train_state.pt").touch()
-    (tmp_path / "metrics.jsonl").touch()
-    listing = layout.list_checkpoints(tmp_path, own_files=[tmp_path / "metrics.jsonl"])
+    listing = layout.list_checkpoints(tmp_path)
     assert listing == layout.Listing(
         path=tmp_path,
         exists=True,
@@ -46,16 +54,36 @@ def test_listing_sorts_names_into_what_they_are(tmp_path: Path) -> None:
         leftovers=tuple(sorted(leftovers)),
         foreign=("iter_best", "tensorboard"),
     )
-    assert not listing.is_empty
 
 
-def test_only_leftovers_count_as_empty(tmp_path: Path) -> None:
-    (tmp_path / layout.new_saving_name(5)).mkdir()
-    (tmp_path / layout.new_trash_name("iter_0000005")).mkdir()
-    assert layout.list_checkpoints(tmp_path).is_empty
-    assert layout.list_checkpoints(tmp_path / "absent").is_empty
-    (tmp_path / "notes.txt").touch()
-    assert not layout.list_checkpoints(tmp_path).is_empty
+@pytest.mark.parametrize("name", [layout.new_saving_name(5), "iter_0000005", "release", "a-b"])
+def test_every_trash_name_that_is_made_is_recognised(name: str) -> None:
+    assert layout.is_leftover(layout.new_trash_name(name))
+
+
+@pytest.mark.parametrize(
+    "name", [".trash-", ".trash-1000", ".trash-iter_0000005", ".trash-a-12345", ".trash-a-1234567g"]
+)
+def test_what_only_looks_like_trash_is_left_alone(name: str) -> None:
+    assert not layout.is_leftover(name)
+
+
+def test_the_runs_own_paths_are_not_foreign_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, elsewhere = tmp_path / "base", tmp_path / "elsewhere"
+    for name in ("logs", "cache", "notes", "metrics"):
+        (base / name).mkdir(parents=True)
+    elsewhere.mkdir()
+    (base / "linked").symlink_to(elsewhere)
+    (tmp_path / "alias").symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    own = [
+        Path("base/logs/deep/metrics.jsonl"),
+        tmp_path / "alias" / "cache",
+        base / "linked" / "m",
+        tmp_path / "notes",
+        base,
+    ]
+    assert layout.list_checkpoints(base, own).foreign == ("metrics", "notes")
 
 
 def test_a_base_directory_with_a_stray_run_config_is_no_iteration_directory(tmp_path: Path) -> None:

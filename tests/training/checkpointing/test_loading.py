@@ -1,7 +1,12 @@
 """Loads that must not succeed, on two ranks: the same typed error everywhere, quickly, and nothing changed on disk."""
 
+import errno
 import json
+import logging
+import os
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from bridge.training.checkpointing import CheckpointError, load_checkpoint, ownership
+from bridge.training.checkpointing.layout import new_saving_name
+from bridge.training.checkpointing.loading import load_checkpoint_from_path
 from bridge.training.setup import setup
 from tests.distributed.launch import run_ranks
 from tests.training.tiny import run_to_end, tiny_config
@@ -81,6 +89,105 @@ def test_the_runs_own_metrics_file_does_not_make_a_directory_foreign(tmp_path: P
     metrics.touch()
     assert outcome(tmp_path, logger={"metrics_path": str(metrics)}) == ("started", 0)
     assert outcome(tmp_path)[0] == "NotACheckpointError"
+
+
+def test_what_the_run_itself_writes_does_not_make_a_directory_foreign(tmp_path: Path) -> None:
+    for name in ("logs", "cache", ".gitkeep"):
+        (tmp_path / name).mkdir()
+    own: dict[str, Any] = {
+        "logger": {"metrics_path": str(tmp_path / "logs" / "metrics.jsonl")},
+        "dataset": {"path_to_cache": str(tmp_path / "cache")},
+    }
+    assert outcome(tmp_path, **own) == ("started", 0)
+    assert outcome(tmp_path, logger=own["logger"])[0] == "NotACheckpointError"
+
+
+@pytest.mark.parametrize("load", ["nothing", "a checkpoint", "the directory above"])
+def test_a_save_directory_is_ready_when_a_run_has_started(saved: Path, tmp_path: Path, load: str) -> None:
+    save = tmp_path / "save"
+    (save / new_saving_name(2)).mkdir(parents=True)
+    directory = {"nothing": None, "a checkpoint": str(saved), "the directory above": str(tmp_path)}[load]
+    found = run_ranks(start, 2, tiny_config(train_iters=4, checkpoint={"save": str(save), "load": directory}))
+    assert found == [("started", 4 if load == "a checkpoint" else 0)] * 2
+    assert [path.name for path in save.iterdir()] == [".bridge-writer"]
+
+
+def test_a_save_directory_that_cannot_be_used_stops_every_rank_at_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    first, second = run_ranks(start, 2, tiny_config(checkpoint={"save": str(file)}))
+    assert first == second
+    assert first[0] == "CheckpointSaveError"
+    assert str(first[1]).startswith(f"checkpoint.save: cannot save in {file}: {file} is not a directory")
+
+
+def test_a_directory_that_another_run_saves_in_can_only_be_loaded_from(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "WAIT_SECONDS", 0.2)
+    ownership.claim(copy)
+    in_flight = copy / new_saving_name(6)
+    in_flight.mkdir()
+    first, second = run_ranks(start, 2, tiny_config(train_iters=4, checkpoint={"load": str(copy), "save": str(copy)}))
+    assert first == second
+    assert first[0] == "DirectoryInUseError"
+    assert f"checkpoint.save: {copy} is in use by another run (host " in str(first[1])
+    assert f", process {os.getpid()}, since 2" in str(first[1])
+    assert run_ranks(start, 2, tiny_config(train_iters=4, checkpoint={"load": str(copy)})) == [("started", 4)] * 2
+    assert in_flight.is_dir()
+
+
+def warnings_of_loads(cases: list[dict[str, Any]]) -> list[list[str]]:
+    """What rank 0 warns of, about saving, for each combination of checkpoint settings."""
+    run = setup(tiny_config(train_iters=4))
+    logger = logging.getLogger("bridge.training.checkpointing.loading")
+    warnings = []
+    for case in cases:
+        records: list[logging.LogRecord] = []
+        handler = logging.Handler()
+        handler.emit = records.append  # type: ignore[method-assign]
+        logger.addHandler(handler)
+        for name, value in {"load": None, "save": None, "finetune": False, "ckpt_step": None, **case}.items():
+            setattr(run.cfg.checkpoint, name, value)
+        load_checkpoint(run.state, run.model, run.optimizer, run.scheduler)
+        logger.removeHandler(handler)
+        warnings.append([r.getMessage() for r in records if r.getMessage().startswith("SAVING AMONG")])
+    return warnings
+
+
+def test_saving_among_the_checkpoints_of_another_run_is_warned_of(saved: Path, copy: Path, tmp_path: Path) -> None:
+    among = {"save": str(copy)}
+    quiet: list[dict[str, Any]] = [
+        {"load": str(saved)},
+        {"load": str(saved), "save": str(tmp_path / "new")},
+        among | {"load": str(copy)},
+        among | {"load": str(copy), "ckpt_step": 2},
+        among | {"load": str(copy / "iter_0000002")},
+    ]
+    loud: list[dict[str, Any]] = [
+        among,
+        among | {"load": str(saved)},
+        among | {"load": str(tmp_path / "absent")},
+        among | {"load": str(copy), "finetune": True},
+    ]
+    found = run_ranks(warnings_of_loads, 2, quiet + loud)[0]
+    assert found[: len(quiet)] == [[]] * len(quiet)
+    message = (
+        f"SAVING AMONG THE CHECKPOINTS OF ANOTHER RUN: checkpoint.save ({copy}) already holds checkpoints, the newest "
+        "of iteration 4, and this run does not continue from there. "
+    )
+    assert [[text.startswith(message) for text in texts] for texts in found[len(quiet) :]] == [[True]] * len(loud)
+
+
+def test_the_home_directory_may_be_abbreviated(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(saved.parent))
+    pretrained = {"pretrained_checkpoint": f"~/{saved.name}"}
+    assert run_ranks(start, 2, tiny_config(train_iters=4, checkpoint=pretrained)) == [("started", 0)] * 2
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(saved, tmp_path / "mine")
+    checkpoint = {"load": "~/mine", "save": "~/mine"}
+    run_ranks(run_to_end, 2, tiny_config(train_iters=5, checkpoint=checkpoint))
+    assert (tmp_path / "mine" / "iter_0000005").is_dir()
 
 
 def truncate(path: Path) -> None:
@@ -235,7 +342,9 @@ def test_a_deeper_model_is_a_mismatch_on_every_rank(saved: Path) -> None:
 def test_other_model_parallel_sizes_are_refused_before_reading_with_the_way_out(saved: Path) -> None:
     kind, message = outcome(saved, model={"tensor_model_parallel_size": 2})
     assert kind == "CheckpointMismatchError"
-    assert "the tensor size was 1 and is 2; keep the sizes, or set checkpoint.load_optim: false" in str(message)
+    assert "the tensor size was 1 and is 2" in str(message)
+    assert "checkpoint.dist_ckpt_optim_fully_reshardable: true" in str(message)
+    assert str(message).endswith("or set checkpoint.load_optim: false to take only the model")
     settings = {"load_optim": False}
     assert outcome(saved, model={"tensor_model_parallel_size": 2}, checkpoint=settings) == ("started", 4)
 
@@ -247,3 +356,103 @@ def test_loading_never_changes_the_configuration(saved: Path) -> None:
         return cfg.to_yaml() == before
 
     assert run_ranks(compare, 2, tiny_config(train_iters=6, checkpoint={"load": str(saved)})) == [True, True]
+
+
+class Unreadable:
+    """Files that this process can no longer open for reading: those whose path ends so."""
+
+    def __init__(self) -> None:
+        self.ending: str | None = None
+        sys.addaudithook(self._opened)
+
+    def _opened(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and self.ending is not None and str(arguments[0]).endswith(self.ending):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def zero_the_middle(path: Path) -> None:
+    data = path.read_bytes()
+    quarter = len(data) // 4
+    path.write_bytes(data[:quarter] + bytes(2 * quarter) + data[3 * quarter :])
+
+
+FAILED_READS: dict[str, tuple[str, str, str]] = {
+    # The file that rank 1 cannot open, strictness, and the message, which follows the checkpoint's path.
+    "common.pt on one rank": (
+        "iter_0000004/common.pt",
+        "assume_ok_unexpected",
+        "/common.pt is not a readable common part of a checkpoint: OSError: [Errno 5] Input/output error",
+    ),
+    "metadata.json on one rank": (
+        "iter_0000004/metadata.json",
+        "assume_ok_unexpected",
+        " cannot be read: OSError: [Errno 5] Input/output error",
+    ),
+    "metadata to plan with on one rank": (
+        "iter_0000004/.metadata",
+        "assume_ok_unexpected",
+        " cannot be read: AssertionError: metadata is None; global metadata read failed: "
+        "[Errno 5] Input/output error (rank 1)",
+    ),
+    "metadata to compare with on one rank": (
+        "iter_0000004/.metadata",
+        "raise_all",
+        " cannot be read: OSError: [Errno 5] Input/output error",
+    ),
+    "the shards on one rank": (
+        ".distcp",
+        "assume_ok_unexpected",
+        " cannot be read: OSError: [Errno 5] Input/output error (rank 1)",
+    ),
+    "a shard with zeros in its middle": ("zeroed", "assume_ok_unexpected", " cannot be read: "),
+    "garbled metadata to plan with": (
+        "garbled",
+        "assume_ok_unexpected",
+        " cannot be read: AssertionError: metadata is None; global metadata read failed: ",
+    ),
+    "garbled metadata to compare with": ("garbled", "return_all", " cannot be read: UnpicklingError: "),
+}
+
+
+def try_to_read(cfg: Any, base: Path) -> dict[str, tuple[str, str]]:
+    run = setup(cfg)
+    unreadable = Unreadable()
+
+    def attempt(path: Path) -> tuple[str, str]:
+        try:
+            load_checkpoint_from_path(str(path), run.state, run.model, run.optimizer, run.scheduler)
+        except CheckpointError as error:
+            return type(error).__name__, str(error)
+        return "loaded", ""
+
+    outcomes: dict[str, tuple[str, str]] = {}
+    for parallel in (False, True):
+        run.state.cfg.checkpoint.fully_parallel_load = parallel
+        for name, (file, strictness, _) in FAILED_READS.items():
+            run.state.cfg.checkpoint.dist_ckpt_strictness = strictness
+            kind = file if file in ("zeroed", "garbled") else "whole"
+            unreadable.ending = file if kind == "whole" and os.environ["RANK"] == "1" else None
+            outcomes[f"{name}, parallel {parallel}"] = attempt(base / kind / "iter_0000004")
+        unreadable.ending = None
+        run.state.cfg.checkpoint.dist_ckpt_strictness = "assume_ok_unexpected"
+        outcomes[f"afterwards, parallel {parallel}"] = attempt(base / "whole" / "iter_0000004")
+    return outcomes
+
+
+def test_what_one_rank_cannot_read_is_damage_on_every_rank_at_once(saved: Path, tmp_path: Path) -> None:
+    for kind in ("whole", "zeroed", "garbled"):
+        shutil.copytree(saved, tmp_path / kind)
+    for kind in ("zeroed", "garbled"):
+        without_manifest(tmp_path / kind)  # which would have told of a small file's damage before
+    zero_the_middle(tmp_path / "zeroed" / "iter_0000004" / "__0_0.distcp")
+    (tmp_path / "garbled" / "iter_0000004" / ".metadata").write_bytes(b"\x80\x05garbled")
+    begun = time.monotonic()
+    first, second = run_ranks(try_to_read, 2, tiny_config(train_iters=6), tmp_path, timeout=60)
+    assert time.monotonic() - begun < 40
+    assert first == second
+    for parallel in (False, True):
+        assert first.pop(f"afterwards, parallel {parallel}") == ("loaded", "")
+    for name, (kind, message) in first.items():
+        assert kind == "CheckpointDamagedError", (name, message)
+        assert "iter_0000004" + FAILED_READS[name.split(", ")[0]][2] in message, (name, message)
+        assert "dist_ckpt_strictness" not in message, (name, message)

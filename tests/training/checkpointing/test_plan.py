@@ -36,7 +36,7 @@ def test_a_plain_resume_restores_everything() -> None:
         "  optimizer      restored  saved and wanted",
         "  scheduler      restored  with the optimizer",
         "  rng            restored  saved and wanted",
-        "  train state    restored  train_state.pt",
+        "  train state    restored  saved and wanted",
         "  data iterator  restored  saved and wanted",
     ]
 
@@ -53,22 +53,19 @@ def test_a_plain_resume_restores_everything() -> None:
         (
             "rng",
             {"content_metadata": {"distrib_optim_sharding_type": "fully_reshardable"}},
-            {"layout": Layout(tensor=1, pipeline=2, data=4)},
-            "the tensor size was 2 and is 1; seeded from rng.seed instead",
+            {"layout": Layout(tensor=2, pipeline=1, data=4)},
+            "the pipeline size was 2 and is 1; all generators are seeded anew",
         ),
-        (
-            "rng",
-            {"layout": Layout(expert=2, data=4)},
-            {"layout": Layout(expert=2, data=2)},
-            "the data size was 4 and is 2; seeded from rng.seed instead",
-        ),
-        ("train_state", {"release": True}, {}, "it is a release checkpoint"),
-        ("train_state", {"has_train_state": False}, {}, "not saved"),
+        ("rng", {"layout_is_known": False}, {}, "the checkpoint does not say under which parallel sizes it was saved"),
+        ("optimizer", {}, {"model_only": "it is the pretrained checkpoint"}, "it is the pretrained checkpoint"),
+        ("rng", {}, {"model_only": "it is the pretrained checkpoint"}, "it is the pretrained checkpoint"),
+        ("train_state", {}, {"model_only": "it is the pretrained checkpoint"}, "it is the pretrained checkpoint"),
+        ("data_iterator", {}, {"model_only": "it is the pretrained checkpoint"}, "it is the pretrained checkpoint"),
         (
             "data_iterator",
-            {"data_iterator_ranks": 4},
             {},
-            "saved by 4 data-parallel ranks, now there are 2; the position follows from the consumed samples",
+            {"load_dataloader_state": "ignore"},
+            "checkpoint.load_dataloader_state is ignore; the position follows from the consumed samples",
         ),
         ("data_iterator", {"data_iterator_ranks": 0}, {}, "not saved; the position follows from the consumed samples"),
     ],
@@ -78,48 +75,48 @@ def test_parts_that_are_left_out_say_why(part: str, saved: dict[str, Any], wante
     assert getattr(plan, part) == Part(False, reason)
 
 
+@pytest.mark.parametrize("mode", ["auto", "require"])
+def test_the_data_of_another_number_of_ranks_is_divided_anew(mode: str) -> None:
+    plan = plan_load(replace(SAVED, data_iterator_ranks=4), replace(WANTED, load_dataloader_state=mode))
+    assert plan.data_iterator == Part(True, "saved by 4 data-parallel ranks and divided anew among 2")
+
+
+def test_a_required_position_in_the_data_that_was_not_saved_is_an_error() -> None:
+    with pytest.raises(CheckpointMismatchError) as caught:
+        plan_load(replace(SAVED, data_iterator_ranks=0), replace(WANTED, load_dataloader_state="require"))
+    assert str(caught.value) == (
+        "checkpoint.load_dataloader_state is require, and the checkpoint holds no state of a data iterator; "
+        "set it to auto to go on after the samples that the train state counts"
+    )
+
+
+def test_random_states_that_still_apply_are_restored_and_the_rest_seeded_anew() -> None:
+    saved = replace(SAVED, content_metadata={"distrib_optim_sharding_type": "fully_reshardable"})
+    plan = plan_load(saved, replace(WANTED, layout=Layout(tensor=1, pipeline=2, data=4)))
+    reason = "the tensor size was 2 and is 1: tensor-parallel generators are seeded anew"
+    assert plan.rng == Part(True, reason, partly=True)
+    assert plan.reseed_rng
+    assert f"  rng            partly    {reason}" in plan.table().splitlines()
+    assert not plan_load(SAVED, WANTED).reseed_rng
+    assert not plan_load(saved, replace(WANTED, layout=Layout(pipeline=1), load_rng=False)).reseed_rng
+
+
+def test_a_release_checkpoint_keeps_its_counters_but_not_its_iteration() -> None:
+    plan = plan_load(replace(SAVED, release=True), WANTED)
+    reason = "a release checkpoint: counters without the iteration, which starts at 0"
+    assert plan.train_state == Part(True, reason, partly=True)
+
+
 def test_another_data_parallel_size_keeps_optimizer_and_random_states() -> None:
     plan = plan_load(SAVED, replace(WANTED, layout=Layout(tensor=2, pipeline=2, data=1)))
     assert plan.optimizer.restore
     assert plan.rng.restore
 
 
-@pytest.mark.parametrize(
-    ("saved", "wanted", "message"),
-    [
-        (
-            {},
-            {"layout": Layout(tensor=1, pipeline=2, data=4)},
-            "the checkpoint's optimizer state is dp_reshardable: it can be loaded with another data-parallel size but "
-            "not with other model-parallel sizes, and the tensor size was 2 and is 1; keep the sizes, or set "
-            "checkpoint.load_optim: false to take only the model",
-        ),
-        (
-            {"content_metadata": {}},
-            {},
-            "the checkpoint was saved with an optimizer that is not distributed and this run sets "
-            "ddp.use_distributed_optimizer: true; set it to false, or set checkpoint.load_optim: false to take only "
-            "the model",
-        ),
-        (
-            {},
-            {"uses_distributed_optimizer": False},
-            "the checkpoint was saved with a distributed optimizer and this run sets "
-            "ddp.use_distributed_optimizer: false; set it to true, or set checkpoint.load_optim: false to take only "
-            "the model",
-        ),
-        (
-            {"content_metadata": None},
-            {},
-            "the checkpoint does not say how its optimizer state is sharded (it was written by megatron-core 0.14 or "
-            "older), and such state can no longer be loaded; set checkpoint.load_optim: false to take only the model",
-        ),
-    ],
-)
-def test_optimizer_state_that_cannot_be_resharded_is_refused(
-    saved: dict[str, Any], wanted: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(CheckpointMismatchError) as caught:
-        plan_load(replace(SAVED, **saved), replace(WANTED, **wanted))
-    assert str(caught.value) == message
-    assert plan_load(replace(SAVED, **saved), replace(WANTED, load_optim=False, **wanted)).model.restore
+def test_optimizer_state_that_cannot_be_resharded_is_refused_unless_it_is_left_out() -> None:
+    wanted = replace(WANTED, layout=Layout(tensor=1, pipeline=2, data=4))
+    with pytest.raises(CheckpointMismatchError, match="with other model-parallel sizes, and the tensor size was 2 and"):
+        plan_load(SAVED, wanted)
+    plan = plan_load(SAVED, replace(wanted, load_optim=False))
+    assert plan.model.restore
+    assert not plan.optimizer.restore

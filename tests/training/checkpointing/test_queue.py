@@ -90,7 +90,7 @@ def test_the_queue_finalizes_in_order_and_fails_on_all_ranks() -> None:
             "seen": [f"written by {rank}", "finalized"],
             "death": (
                 "CheckpointSaveError",
-                "writing second failed on rank 1: the background writer of second process ended with status 9 "
+                "writing second failed on rank 1: the process of the background writer of second ended with status 9 "
                 "and no result",
             ),
             "after death": ["abandoned", "third"],

@@ -14,6 +14,11 @@ from tests.training.tiny import LAYOUTS, run_to_end, tiny_config
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     **{name: (world_size, {"model": model}) for name, (world_size, model) in LAYOUTS.items()},
     "DP2, plain optimizer": (2, {"ddp": {"use_distributed_optimizer": False}}),
+    "DP2, SGD": (2, {"optimizer": {"optimizer": "sgd"}, "ddp": {"use_distributed_optimizer": False}}),
+    "one rank, SGD without momentum": (
+        1,
+        {"optimizer": {"optimizer": "sgd", "sgd_momentum": 0.0}, "ddp": {"use_distributed_optimizer": False}},
+    ),
     "DP2, bf16": (2, {"model": {"precision": "bf16"}}),
     "DP2, two files a rank, shared reading": (
         2,

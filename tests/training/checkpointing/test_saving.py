@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.utils import unwrap_model
 
 from bridge.training.callbacks import CallbackManager
-from bridge.training.checkpointing import CheckpointError, CheckpointSaveContext
+from bridge.training.checkpointing import CheckpointError, CheckpointSaveContext, save_checkpoint
 from bridge.training.checkpointing.files import write_file
 from bridge.training.checkpointing.integrity import find_damage, read_manifest
 from bridge.training.config import ConfigError
@@ -51,6 +52,7 @@ def test_a_checkpoint_has_exactly_the_documented_files(tmp_path: Path, mode: str
         "iter_0000002",
         "latest_train_state.pt",
         "latest_checkpointed_iteration.txt",
+        ".bridge-writer",
     }
     data = {f"dataloader_state/train_dataloader_dprank{rank:03d}.pt" for rank in (0, 1)}
     assert files_in(iteration) == COMMON_FILES | RANK_FILES | data
@@ -122,7 +124,61 @@ def test_one_rank_that_fails_fails_the_save_on_all_and_harms_nothing(tmp_path: P
         "iter_0000002",
         "latest_train_state.pt",
         "latest_checkpointed_iteration.txt",
+        ".bridge-writer",
     }
+
+
+def break_and_mend(cfg: Any) -> dict[str, str]:
+    """Let one rank fail in every step of a save that other ranks could wait in, then save."""
+    run = setup(cfg)
+    (chunk,) = unwrap_model(run.model)
+    rank = dist.get_rank()
+
+    def attempt(owner: Any, method: str, result: Callable[..., Any], broken_rank: int) -> str:
+        run.state.train_state.step += 1
+        if rank == broken_rank:
+            setattr(owner, method, result)
+        outcome = outcome_of(lambda: save(run))
+        if rank == broken_rank:
+            delattr(owner, method)
+        return outcome
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("broken")
+
+    def compare(common: dict[str, Any]) -> dict[str, Any]:
+        return fail() if rank == 1 else common
+
+    def save_with_comparison() -> None:
+        save_checkpoint(
+            run.state, run.model, run.optimizer, run.scheduler, 0, {}, preprocess_common_state_dict_fn=compare
+        )
+
+    return {
+        "model": attempt(chunk, "sharded_state_dict", fail, 1),
+        "scheduler": attempt(run.scheduler, "state_dict", fail, 1),
+        "unpicklable": attempt(run.scheduler, "state_dict", lambda: {"lr": lambda: 0}, 0),
+        "comparison": outcome_of(save_with_comparison),
+        "nothing": attempt(run.scheduler, "unused", fail, 1),
+    }
+
+
+def test_a_rank_that_fails_before_a_collective_leaves_no_other_waiting_in_it(tmp_path: Path) -> None:
+    cfg = tiny_config(
+        rng={"data_parallel_random_init": True},
+        checkpoint={"save": str(tmp_path), "dist_ckpt_optim_fully_reshardable": True},
+    )
+    first, second = run_ranks(break_and_mend, 2, cfg, timeout=60)
+    assert first == second
+    unpicklable = first.pop("unpicklable")
+    assert unpicklable.startswith("CheckpointError: serializing the common state failed on rank 0: ")
+    assert first == {
+        "model": "CheckpointError: collecting the model's state failed on rank 1: ValueError: broken",
+        "scheduler": "CheckpointError: collecting the optimizer's state failed on rank 1: ValueError: broken",
+        "comparison": "CheckpointError: preparing the common state for comparison failed on rank 1: ValueError: broken",
+        "nothing": "saved",
+    }
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == ["iter_0000004"]
 
 
 def lose_the_staging_directory(cfg: Any) -> tuple[str, str]:

@@ -60,6 +60,8 @@ FURTHER: dict[str, tuple[Any, Any]] = {
     "custom_manager_class": (str | None, None),
     "finetune": (bool, False),
     "most_recent_k": (int, -1),
+    "load_dataloader_state": (Literal["auto", "require", "ignore"], "auto"),
+    "safe_globals": (list[str] | None, None),
     "storage_writers_per_rank": (int, 1),
     "strict_fsdp_dtensor_load": (bool, False),
 }
@@ -68,6 +70,8 @@ FURTHER: dict[str, tuple[Any, Any]] = {
 CARRIED_OUT = {
     *("save", "save_interval", "save_optim", "save_rng", "save_tokenizer_assets", "async_save"),
     *("load", "load_optim", "load_rng", "ckpt_step", "exit_on_missing_checkpoint", "dist_ckpt_strictness"),
+    *("load_dataloader_state", "safe_globals", "pretrained_checkpoint", "finetune", "load_main_params_from_ckpt"),
+    *("dist_ckpt_optim_fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient"),
     *("fully_parallel_save", "fully_parallel_load", "storage_writers_per_rank", "custom_manager_class"),
 }
 
@@ -97,9 +101,6 @@ def test_defaults_have_no_violations() -> None:
 
 
 REFUSED: list[tuple[str, Any, str]] = [
-    ("load_main_params_from_ckpt", True, "true is not available in this version; leave it at false"),
-    ("pretrained_checkpoint", "/base", "'/base' is not available in this version; leave it at null"),
-    ("finetune", True, "true is not available in this version; leave it at false"),
     ("ckpt_format", "zarr", "'zarr' is not available in this version; leave it at 'torch_dist'"),
     (
         "ckpt_format",
@@ -119,12 +120,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("replication", True, "true is not available in this version; leave it at false"),
     ("replication_jump", 4, "4 is not available in this version; leave it at null"),
     ("replication_factor", 3, "3 is not available in this version; leave it at 2"),
-    ("dist_ckpt_optim_fully_reshardable", True, "true is not available in this version; leave it at false"),
-    (
-        "distrib_optim_fully_reshardable_mem_efficient",
-        True,
-        "true is not available in this version; leave it at false",
-    ),
     ("most_recent_k", 3, "3 is not available in this version; leave it at -1"),
     ("strict_fsdp_dtensor_load", True, "true is not available in this version; leave it at false"),
 ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bridge.training.config import ConfigContainer, ConfigError, load_config
+from bridge.training.config import ConfigContainer, ConfigError, LoRAConfig, load_config
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_lists_are_replaced_and_mappings_are_merged(tmp_path: Path) -> None:
         ("model.transformer_overrides={a: {b: 1}}", "model.transformer_overrides", {"a": {"b": 1}}),
         (" model.num_layers =3", "model.num_layers", 3),
         ("model.ffn_hidden_size=${model.hidden_size}", "model.ffn_hidden_size", 128),
-        ("peft.dim=4", "peft", {"dim": 4}),
+        ("peft.dim=4", "peft", LoRAConfig(dim=4)),
     ],
 )
 def test_override(recipe: Path, override: str, setting: str, expected: Any) -> None:
@@ -116,7 +116,7 @@ def test_interpolation_sees_environment_defaults_and_later_sources(
         (
             "zzz=1",
             "unknown section 'zzz'; the sections are model, optimizer, scheduler, ddp, train, dataset, tokenizer, "
-            "checkpoint, rng, dist, logger, peft",
+            "checkpoint, rng, dist, logger, rerun_state_machine, peft",
         ),
         (
             "model._target_=os.system",
@@ -125,6 +125,8 @@ def test_interpolation_sees_environment_defaults_and_later_sources(
         ),
         ("model=null", "model: null is not a mapping; set its settings one by one"),
         ("model=4", "model: 4 is not a mapping; set its settings one by one"),
+        ("peft=5", "peft: 5 is not a mapping; set its settings one by one"),
+        ("peft.dims=5", "unknown setting 'peft.dims'; did you mean 'peft.dim'?"),
     ],
 )
 def test_unknown_names_get_the_nearest_one(recipe: Path, override: str, expected: str) -> None:
@@ -139,7 +141,7 @@ def test_unknown_names_name_their_file_and_come_all_at_once(recipe: Path, tmp_pa
         f"{overlay}: unknown setting 'model.hidden'; did you mean 'model.hidden_size'?",
         f"{overlay}: unknown section 'trian'; did you mean 'train'?",
         f"{overlay}: unknown section '1'; the sections are model, optimizer, scheduler, ddp, train, dataset, "
-        "tokenizer, checkpoint, rng, dist, logger, peft",
+        "tokenizer, checkpoint, rng, dist, logger, rerun_state_machine, peft",
         "override 'rng.sed=4': unknown setting 'rng.sed'; did you mean 'rng.seed'?",
     ]
 
@@ -161,7 +163,6 @@ def test_unknown_names_name_their_file_and_come_all_at_once(recipe: Path, tmp_pa
             "train.rampup_batch_size=[1,a]",
             "train.rampup_batch_size: [1, 'a'] is not valid; set it to a list of integers or null",
         ),
-        ("peft=5", "peft: 5 is not valid; set it to a mapping or null"),
         ("model.transformer_overrides=7", "model.transformer_overrides: 7 is not valid; set it to a mapping"),
         ("dataset.path=???", "dataset.path: ??? asks for a value and none was given; set it"),
         ("checkpoint.save=${nope}", "checkpoint.save: cannot be resolved: Interpolation key 'nope' not found"),
@@ -236,7 +237,7 @@ def test_missing_files(recipe: Path, tmp_path: Path) -> None:
 def test_an_empty_section_sets_nothing_and_peft_can_be_unset(tmp_path: Path) -> None:
     recipe = write(tmp_path / "r.yaml", "model:\n  # num_layers: 4\npeft: {dim: 3}\n")
     overlay = write(tmp_path / "o.yaml", "peft: null\n")
-    assert load_config(recipe).peft == {"dim": 3}
+    assert load_config(recipe).peft == LoRAConfig(dim=3)
     assert load_config(recipe, [overlay]) == ConfigContainer()
 
 

@@ -9,7 +9,7 @@ import pytest
 from bridge.training.config import ConfigContainer, load_config
 
 ROOT = Path(__file__).resolve().parents[3]
-RECIPES = {"quickstart": 2, "tp2_pp2": 4, "moe_ep2": 4, "gpt_7b_h100": 8}
+RECIPES = {"quickstart": 2, "lora": 2, "tp2_pp2": 4, "moe_ep2": 4, "gpt_7b_h100": 8}
 """Recipe names with the number of ranks."""
 PRESETS = sorted((ROOT / "configs" / "checkpoint").glob("*.yaml"))
 PATHS = ["checkpoint.save=/s", "checkpoint.load=/s"]

@@ -288,7 +288,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         {"ddp.use_megatron_fsdp": True},
         "ddp.use_megatron_fsdp: true is not available in this version; leave it at false",
     ),
-    ({"peft": {"dim": 8}}, "peft: {'dim': 8} is not available in this version; leave it at null"),
+    ({"peft": {"dim": 8}}, "peft: {'dim': 8} is not valid; set it to a LoRAConfig"),
     # train
     (
         {"train.train_iters": None},

@@ -239,3 +239,25 @@ def test_a_state_from_data_in_another_order_is_taken_with_a_warning(
 def test_arguments_out_of_range_are_errors(arguments: tuple[int, ...], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         TrainDataIterator(Numbers(10), *arguments)
+
+
+@given(st.data())
+def test_the_states_of_any_ranks_divide_the_data_anew(data: st.DataObject) -> None:
+    """The samples of all ranks together go on without a gap, whatever the sizes before and after."""
+    before, after = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    old = [TrainDataIterator(Numbers(200), 1, rank, before) for rank in range(before)]
+    (_, states) = run_steps(old, data.draw(st.lists(st.integers(1, 4), max_size=3)))
+    new = [TrainDataIterator(Numbers(200), 2, rank, after) for rank in range(after)]
+    for rank, iterator in enumerate(new):
+        iterator.reshard_state(states, rank, after)
+    ((step,), _) = run_steps(new, [2])
+    start = states[0]["consumed_samples"]
+    assert step == list(range(start, start + 4 * after))
+
+
+def test_ranks_that_stopped_at_different_samples_cannot_be_divided_anew() -> None:
+    iterator = TrainDataIterator(Numbers(20), 1, 0, 1)
+    with pytest.raises(DataStateError, match=r"were at different samples: \[4, 8\]; set checkpoint\.load_datal"):
+        iterator.reshard_state([{"consumed_samples": 4}, {"consumed_samples": 8}], 0, 1)
+    with pytest.raises(DataStateError, match="this is the iterator of data-parallel rank 0 of 1, not of 1 of 2"):
+        iterator.reshard_state([{"consumed_samples": 4}], 1, 2)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from megatron.core.utils import unwrap_model
 
+from bridge.training.checkpointing.contents.extra_state import without_extra_state
+from bridge.training.checkpointing.contents.glu import model_glu_sizes, process_model_state_dict
 from bridge.training.checkpointing.errors import CheckpointMismatchError
+
+logger = logging.getLogger(__name__)
 
 
 def model_section(index: int, count: int) -> str:
@@ -18,20 +24,38 @@ def model_section(index: int, count: int) -> str:
 def generate_model_state_dict(
     model: list[Any],
     model_sd_kwargs: Mapping[str, Any] | None = None,
+    ckpt_format: str = "torch_dist",
+    *,
+    pg_collection: Any | None = None,
 ) -> dict[str, Any]:
-    """The model sections of a checkpoint.
+    """The model sections of a checkpoint, to save or as a template to load.
+
+    Gated layers that the model interleaves are contiguous in it; see `contents.glu`.
 
     Args:
         model: model chunks of this rank, wrapped or not.
         model_sd_kwargs: passed on to each chunk's `sharded_state_dict`.
+        ckpt_format: only formats of sharded state dicts, `torch_dist` and `zarr`.
+        pg_collection: accepted for compatibility; the shards follow from the model.
 
     Returns:
         Sharded state dicts by section name.
+
+    Raises:
+        CheckpointMismatchError: a gated layer cannot be divided into the model's blocks.
+        ValueError: the format has no sharded state dict.
     """
-    return {
-        model_section(index, len(model)): chunk.sharded_state_dict(**(model_sd_kwargs or {}))
-        for index, chunk in enumerate(unwrap_model(model))
-    }
+    del pg_collection
+    if ckpt_format not in ("torch_dist", "zarr"):
+        raise ValueError(f"ckpt_format {ckpt_format!r} has no sharded state dict of a model yet; use 'torch_dist'")
+    routed, shared = model_glu_sizes(model)
+    sections: dict[str, Any] = {}
+    for index, chunk in enumerate(unwrap_model(model)):
+        section = chunk.sharded_state_dict(**(model_sd_kwargs or {}))
+        if routed is not None or shared is not None:
+            section = process_model_state_dict(section, routed, shared, interleave=False)
+        sections[model_section(index, len(model))] = section
+    return sections
 
 
 def load_model_state_dict(model: list[Any], state_dict: Mapping[str, Any], strict: bool) -> None:
@@ -40,16 +64,46 @@ def load_model_state_dict(model: list[Any], state_dict: Mapping[str, Any], stric
     Args:
         model: model chunks of this rank, wrapped or not.
         state_dict: a loaded checkpoint with the sections of `generate_model_state_dict`.
-        strict: as in `torch.nn.Module.load_state_dict`.
+        strict: as in `load_module_state_dict`.
 
     Raises:
-        CheckpointMismatchError: a section is absent, or with `strict` its keys or shapes are not the model's.
+        CheckpointMismatchError: a section is absent, or does not fit its chunk.
     """
-    for index, chunk in enumerate(unwrap_model(model)):
+    for index, chunk in enumerate(model):
         section = model_section(index, len(model))
         if section not in state_dict:
             raise CheckpointMismatchError(f"the checkpoint has no section {section!r}, which this rank's model needs")
         try:
-            chunk.load_state_dict(state_dict[section], strict=strict)
-        except RuntimeError as error:
+            load_module_state_dict(chunk, state_dict[section], strict)
+        except CheckpointMismatchError as error:
             raise CheckpointMismatchError(f"the section {section!r} does not fit this rank's model: {error}") from error
+
+
+def load_module_state_dict(module: torch.nn.Module, state_dict: Mapping[str, Any], strict: bool) -> None:
+    """Load a state dict into a module. With `strict`, only extra states may be missing or left over.
+
+    Args:
+        module: wrapped or not.
+        state_dict: its state dict.
+        strict: whether keys that are no extra state must be those of the module.
+
+    Raises:
+        CheckpointMismatchError: shapes differ, or with `strict` the keys do. The module may be loaded in part.
+    """
+    (target,) = unwrap_model([module])
+    try:
+        target.load_state_dict(state_dict, strict=strict)
+        return
+    except RuntimeError as error:
+        mismatch = error
+    try:
+        left = target.load_state_dict(state_dict, strict=False)
+    except RuntimeError as error:
+        raise CheckpointMismatchError(str(error)) from error
+    if left is None or without_extra_state([*left.missing_keys, *left.unexpected_keys]):
+        raise CheckpointMismatchError(str(mismatch)) from mismatch
+    logger.warning(
+        "extra states differ and start afresh: missing in the checkpoint %s; unknown to the module %s",
+        list(left.missing_keys) or "none",
+        list(left.unexpected_keys) or "none",
+    )

@@ -7,21 +7,42 @@ from typing import Any
 
 import torch
 
+from bridge.training.checkpointing.contents.bucket_padding import padding_between_buckets
+from bridge.training.checkpointing.contents.optimizer_forms import (
+    ADAPTED,
+    adapted_template,
+    chained,
+    form_of,
+    load_adapted,
+)
+from bridge.training.checkpointing.resharding import (
+    DP_RESHARDABLE,
+    FULLY_RESHARDABLE,
+    MEMORY_EFFICIENT,
+    SHARDING_TYPE,
+    OptimizerForm,
+    is_adapted,
+)
+
 OPTIMIZER = "optimizer"
 SCHEDULER = "opt_param_scheduler"
 LEGACY_SCHEDULER = "lr_scheduler"
 
 
-def build_sharded_state_dict_metadata(use_distributed_optimizer: bool, fully_reshardable: bool) -> dict[str, Any]:
+def build_sharded_state_dict_metadata(use_distributed_optimizer: bool, cfg: Any) -> dict[str, Any]:
     """What decides how the sharded state dicts are built; saved with the checkpoint as `content_metadata`.
 
     Args:
         use_distributed_optimizer: whether the optimizer's state is sharded over data-parallel ranks.
-        fully_reshardable: whether that state may be loaded under other tensor- and pipeline-parallel sizes.
+        cfg: checkpoint configuration; `dist_ckpt_optim_fully_reshardable` and, with it,
+            `distrib_optim_fully_reshardable_mem_efficient` are read.
     """
     metadata: dict[str, Any] = {}
-    if use_distributed_optimizer:
-        metadata["distrib_optim_sharding_type"] = "fully_reshardable" if fully_reshardable else "dp_reshardable"
+    if use_distributed_optimizer and cfg.dist_ckpt_optim_fully_reshardable:
+        metadata[SHARDING_TYPE] = FULLY_RESHARDABLE
+        metadata[MEMORY_EFFICIENT] = cfg.distrib_optim_fully_reshardable_mem_efficient
+    elif use_distributed_optimizer:
+        metadata[SHARDING_TYPE] = DP_RESHARDABLE
     metadata["singleton_local_shards"] = False
     metadata["chained_optim_avoid_prefix"] = True
     return metadata
@@ -42,39 +63,71 @@ def generate_optimizer_state_dict(
         scheduler: its parameter scheduler, or None.
         model_state_dict: the model sections; the optimizer's shards follow from them.
         is_loading: build a template for loading; the optimizer then allocates its state first.
-        optim_sd_kwargs: passed on to `sharded_state_dict`.
+        optim_sd_kwargs: passed on to `sharded_state_dict`, except `saved_form`: for loading, the form of the
+            checkpoint's optimizer, to which the template is adapted where it differs.
     """
+    kwargs = dict(optim_sd_kwargs or {})
+    saved: OptimizerForm | None = kwargs.pop("saved_form", None)
     if len(model_state_dict) == 1:
         (model_sections,) = model_state_dict.values()
     else:
         model_sections = dict(model_state_dict)
     sections: dict[str, Any] = {}
     if optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
-        _allocate_state(optimizer)
-        sections[OPTIMIZER] = optimizer.sharded_state_dict(
-            model_sections, is_loading=is_loading, **(optim_sd_kwargs or {})
-        )
+        allocate_optimizer_state(optimizer)
+        metadata = kwargs.get("metadata") or {}
+        with padding_between_buckets(chained(optimizer)):
+            if is_loading and saved is not None and is_adapted(metadata, saved, form_of(optimizer)):
+                sections[OPTIMIZER] = adapted_template(optimizer, saved, model_sections, metadata)
+            else:
+                sections[OPTIMIZER] = optimizer.sharded_state_dict(model_sections, is_loading=is_loading, **kwargs)
     if scheduler is not None:
         sections[SCHEDULER] = scheduler.state_dict()
     return sections
 
 
-def _allocate_state(optimizer: Any) -> None:
-    """Give an optimizer that has not stepped yet the zero moments that its first step would start from.
+def allocate_optimizer_state(optimizer: Any) -> None:
+    """Give an optimizer that has not stepped yet the zero moments that its first step would start from. Local.
 
     A checkpoint without them could not be loaded: loading asks for every moment.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    if optimizer is None or getattr(optimizer, "is_stub_optimizer", False):
+        return
+    for part in chained(optimizer):
         inner = getattr(part, "optimizer", None)
         if inner is not None and not inner.state:
             part.init_state_fn(inner, part.config)
 
 
 def load_optimizer(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
-    """Load the optimizer section. In place: megatron-core copies into parameters that require gradients."""
-    if OPTIMIZER in state_dict:
+    """Load the optimizer section. Local; `share_main_params` completes it.
+
+    Raises:
+        CheckpointMismatchError: the section has no settings for one of the optimizer's parameter groups.
+    """
+    section = state_dict.get(OPTIMIZER)
+    if section is None:
+        return
+    with torch.no_grad():  # megatron-core copies in place into parameters that require gradients
+        if ADAPTED in section:
+            load_adapted(optimizer, section)
+        else:
+            optimizer.load_state_dict(section)
+
+
+def share_main_params(optimizer: Any) -> None:
+    """Give all data-parallel ranks the main parameters, where these are the model's own and shared among them.
+
+    Collective, to be called when every rank has loaded its optimizer.
+
+    A checkpoint of a model in half precision has rounded model parameters and full main parameters. A distributed
+    optimizer in fp32 loads the latter into its own share of the model, so the replicas would differ.
+    """
+    form = form_of(optimizer)
+    if form is not None and form.distributed and not form.main_params:
         with torch.no_grad():
-            optimizer.load_state_dict(state_dict[OPTIMIZER])
+            for chunk in optimizer.model_chunks:
+                chunk.start_param_sync(force_sync=True)
 
 
 def load_scheduler(scheduler: Any, state_dict: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
@@ -10,9 +11,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import (
+    _EXPERT_PARALLEL_RNG_TRACKER_NAME,
+    _MODEL_PARALLEL_RNG_TRACKER_NAME,
+)
 
 from bridge import accelerator
 from bridge.training.checkpointing.errors import CheckpointMismatchError
+from bridge.training.checkpointing.rng_plan import Place, RngRequest
 
 
 def get_rng_state(
@@ -35,45 +41,15 @@ def get_rng_state(
         A ShardedObject of a list of states. Its shape is (pipeline, tensor) with the data- and
         context-parallel rank as replica; with expert parallelism (pipeline, tensor, data and context).
     """
+    own = capture_rng_state(ckpt_format)
+    states = gather_rng_states(own, data_parallel_random_init, pg_collection=pg_collection)
+    return sharded_rng_state(states, pg_collection=pg_collection, module_name=module_name)
+
+
+def capture_rng_state(ckpt_format: str = "torch_dist") -> dict[str, Any]:
+    """The first step of `get_rng_state`: the states of this rank's generators. Local."""
     if ckpt_format != "torch_dist":
         raise ValueError(f"random states have no form for ckpt_format {ckpt_format!r} yet; use 'torch_dist'")
-    states = [_local_state()]
-    groups = pg_collection
-    if data_parallel_random_init and groups.dp_cp.size() > 1:
-        gathered: list[Any] = [None] * groups.dp_cp.size()
-        dist.all_gather_object(gathered, states[0], group=groups.dp_cp)
-        states = gathered
-    shape: tuple[int, ...] = (groups.pp.size(), groups.tp.size())
-    offset: tuple[int, ...] = (groups.pp.rank(), groups.tp.rank())
-    replica = groups.dp_cp.rank()
-    expert_group = getattr(groups, "ep", None)
-    if expert_group is not None and expert_group.size() > 1:
-        shape, offset, replica = (*shape, groups.dp_cp.size()), (*offset, replica), 0
-    key = "rng_state" if module_name is None else f"rng_state.{module_name}"
-    return ShardedObject(key, states, shape, offset, replica_id=replica)
-
-
-def set_rng_state(states: list[dict[str, Any]], *, pg_collection: Any) -> None:
-    """Restore this rank's generators from a loaded list of states.
-
-    Raises:
-        CheckpointMismatchError: the list has neither one state nor one for each data- and context-parallel rank.
-    """
-    group = pg_collection.dp_cp
-    if len(states) not in (1, group.size()):
-        raise CheckpointMismatchError(
-            f"the checkpoint holds the random states of {len(states)} data-parallel ranks and this run has "
-            f"{group.size()}; set checkpoint.load_rng: false to start with fresh ones"
-        )
-    state = states[group.rank()] if len(states) > 1 else states[0]
-    random.setstate(_as_tuples(state["random_rng_state"]))
-    np.random.set_state(_as_tuples(state["np_rng_state"]))
-    torch.set_rng_state(state["torch_rng_state"])
-    accelerator.set_rng_state(state["cuda_rng_state"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
-
-
-def _local_state() -> dict[str, Any]:
     return {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
@@ -81,6 +57,98 @@ def _local_state() -> dict[str, Any]:
         "cuda_rng_state": accelerator.get_rng_state(),
         "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
+
+
+def gather_rng_states(
+    own: dict[str, Any], data_parallel_random_init: bool, *, pg_collection: Any
+) -> list[dict[str, Any]]:
+    """The second step: the states of all replicas that have their own. Collective, and nothing else."""
+    group = pg_collection.dp_cp
+    if not data_parallel_random_init or group.size() == 1:
+        return [own]
+    gathered: list[Any] = [None] * group.size()
+    dist.all_gather_object(gathered, own, group=group)
+    return gathered
+
+
+def sharded_rng_state(
+    states: list[dict[str, Any]], *, pg_collection: Any, module_name: str | None = None
+) -> ShardedObject:
+    """The third step: the sharded object that holds the states. Local."""
+    groups = pg_collection
+    shape: tuple[int, ...] = (groups.pp.size(), groups.tp.size())
+    offset: tuple[int, ...] = (groups.pp.rank(), groups.tp.rank())
+    replica = groups.dp_cp.rank()
+    expert_group = getattr(groups, "ep", None)
+    if expert_group is not None and expert_group.size() > 1:
+        shape, offset, replica = (*shape, groups.dp_cp.size()), (*offset, replica), 0
+    return ShardedObject(_key(module_name), states, shape, offset, replica_id=replica)
+
+
+def rng_place(pg_collection: Any) -> Place:
+    """This rank's position in the groups that decide about random states."""
+    groups = pg_collection
+    return Place(pipeline=groups.pp.rank(), tensor=groups.tp.rank(), replica=groups.dp_cp.rank())
+
+
+def rng_template(request: RngRequest, module_name: str | None = None) -> ShardedObject:
+    """The sharded object to load for a request."""
+    return ShardedObject(_key(module_name), None, request.shape, request.offset, replica_id=request.replica_id)
+
+
+def set_rng_state(states: list[dict[str, Any]], request: RngRequest) -> None:
+    """Take over a loaded state as far as `request` says it applies; the rest of the tracker stays as it is seeded.
+
+    Raises:
+        CheckpointMismatchError: the states have no entry for this rank.
+    """
+    if not 0 <= request.entry < len(states):
+        raise CheckpointMismatchError(
+            f"the checkpoint holds the random states of {len(states)} replicas, and this rank needs number "
+            f"{request.entry}; set checkpoint.load_rng: false to start with fresh ones"
+        )
+    state = states[request.entry]
+    random.setstate(_as_tuples(state["random_rng_state"]))
+    np.random.set_state(_as_tuples(state["np_rng_state"]))
+    torch.set_rng_state(state["torch_rng_state"])
+    accelerator.set_rng_state(state["cuda_rng_state"])
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    if request.tensor and request.expert:
+        tracker.set_states(state["rng_tracker_states"])
+        return
+    kept = tracker.get_states()
+    for name, value in state["rng_tracker_states"].items():
+        if _applies(name, request):
+            kept[name] = value
+    tracker.set_states(kept)
+
+
+def reseed(seed: int, iteration: int, data_parallel_random_init: bool, *, pg_collection: Any) -> None:
+    """Seed every generator of this rank from the run's seed and the iteration that it continues after.
+
+    The iteration takes part, so that a resumed run does not repeat the random numbers of its beginning.
+    """
+    place = rng_place(pg_collection)
+    digest = hashlib.sha256(f"{seed} after {iteration}".encode()).digest()
+    own = int.from_bytes(digest[:4], "big") + 100 * place.pipeline
+    if data_parallel_random_init:
+        own += 10 * place.replica
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
+    tensor_parallel.model_parallel_cuda_manual_seed(own, force_reset_rng=True)
+
+
+def _applies(tracker_name: str, request: RngRequest) -> bool:
+    if tracker_name == _MODEL_PARALLEL_RNG_TRACKER_NAME:
+        return request.tensor
+    if tracker_name == _EXPERT_PARALLEL_RNG_TRACKER_NAME:
+        return request.expert
+    return True
+
+
+def _key(module_name: str | None) -> str:
+    return "rng_state" if module_name is None else f"rng_state.{module_name}"
 
 
 def _as_tuples(value: Any) -> Any:

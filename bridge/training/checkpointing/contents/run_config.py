@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,22 @@ from bridge.training.checkpointing.errors import CheckpointDamagedError
 from bridge.training.checkpointing.layout import RUN_CONFIG
 
 
-def run_config_sidecar(cfg: Any) -> Sidecar:
-    """Capture the whole configuration as YAML."""
-    return Sidecar(RUN_CONFIG, cfg.to_yaml().encode())
+def run_config_sidecar(cfg: Any, *, has_optimizer: bool = True, has_rng: bool = True) -> Sidecar:
+    """Capture the whole configuration as YAML.
+
+    Readers learn from `checkpoint.save_optim` and `checkpoint.save_rng` what a checkpoint holds. Where it lacks a part
+    that these settings ask for (saved without an optimizer, or from a prebuilt state dict), they say false.
+
+    Args:
+        cfg: ConfigContainer.
+        has_optimizer: whether the optimizer's state is saved.
+        has_rng: whether the random states are saved.
+    """
+    checkpoint = cfg.checkpoint
+    saved = replace(
+        checkpoint, save_optim=checkpoint.save_optim and has_optimizer, save_rng=checkpoint.save_rng and has_rng
+    )
+    return Sidecar(RUN_CONFIG, replace(cfg, checkpoint=saved).to_yaml().encode())
 
 
 def read_run_config(checkpoint: Path) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from bridge.training.checkpointing.contents.model import generate_model_state_dict
 from bridge.training.checkpointing.contents.optimizer import generate_optimizer_state_dict
+from bridge.training.checkpointing.contents.rerun import RERUN
 
 CHECKPOINT_VERSION = 3.0
 RNG = "rng_state"
@@ -39,33 +40,57 @@ def generate_state_dict(
         iteration: completed iterations.
         optim_sd_kwargs: passed on to the optimizer's `sharded_state_dict`.
         model_sd_kwargs: passed on to the model's `sharded_state_dict`.
-        rerun_state: not available in this version.
+        rerun_state: as the rerun state machine's `state_dict` returns it, or None.
         pg_collection: accepted for compatibility; the shards follow from the model.
 
     Returns:
         The sections `checkpoint_version`, `iteration`, `model` (or `model0` …), `optimizer`,
-        `opt_param_scheduler` and `rng_state`.
+        `opt_param_scheduler`, `rerun_state_machine` and `rng_state`.
     """
     del pg_collection
-    if rerun_state is not None:
-        raise ValueError("saving the rerun state machine is not available in this version; pass rerun_state=None")
-    optimizer_kwargs = dict(optim_sd_kwargs or {})
-    is_loading = bool(optimizer_kwargs.pop("is_loading", False))
+    is_loading = bool((optim_sd_kwargs or {}).get("is_loading", False))
+    model_sections = generate_model_state_dict(model, model_sd_kwargs)
+    optimizer_sections = optimizer_part(ckpt_cfg, optimizer, opt_param_scheduler, model_sections, optim_sd_kwargs)
+    if not (ckpt_cfg.save_rng or is_loading):
+        rng_state = None
+    return joined(model_sections, optimizer_sections, rng_state, iteration, rerun_state)
+
+
+def optimizer_part(
+    ckpt_cfg: Any,
+    optimizer: Any | None,
+    opt_param_scheduler: Any | None,
+    model_sections: Mapping[str, Any],
+    optim_sd_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The sections `optimizer` and `opt_param_scheduler`, as far as they are saved.
+
+    This is the one part of `generate_state_dict` in which ranks may talk to one another: to save fully reshardable
+    state, a distributed optimizer gathers it.
+    """
+    kwargs = dict(optim_sd_kwargs or {})
+    is_loading = bool(kwargs.pop("is_loading", False))
+    if not (ckpt_cfg.save_optim or is_loading):
+        return {}
+    return generate_optimizer_state_dict(
+        optimizer, opt_param_scheduler, model_sections, is_loading=is_loading, optim_sd_kwargs=kwargs
+    )
+
+
+def joined(
+    model_sections: Mapping[str, Any],
+    optimizer_sections: Mapping[str, Any],
+    rng_state: ShardedObject | None,
+    iteration: int | None,
+    rerun_state: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The whole state dict, from its parts. Local."""
     state_dict: dict[str, Any] = {"checkpoint_version": CHECKPOINT_VERSION}
     if iteration is not None:
         state_dict["iteration"] = iteration
-    model_sections = generate_model_state_dict(model, model_sd_kwargs)
-    state_dict.update(model_sections)
-    if ckpt_cfg.save_optim or is_loading:
-        state_dict.update(
-            generate_optimizer_state_dict(
-                optimizer,
-                opt_param_scheduler,
-                model_sections,
-                is_loading=is_loading,
-                optim_sd_kwargs=optimizer_kwargs,
-            )
-        )
-    if rng_state is not None and (ckpt_cfg.save_rng or is_loading):
+    state_dict |= {**model_sections, **optimizer_sections}
+    if rerun_state is not None:
+        state_dict[RERUN] = dict(rerun_state)
+    if rng_state is not None:
         state_dict[RNG] = rng_state
     return state_dict

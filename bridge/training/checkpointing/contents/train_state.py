@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bridge.training.checkpointing.contents import Sidecar, torch_bytes
-from bridge.training.checkpointing.errors import CheckpointDamagedError
+from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError
 from bridge.training.checkpointing.layout import TRAIN_STATE
+from bridge.training.checkpointing.safe_globals import describe, load_torch_file
 
 _LARGEST = 1 << 20
 
@@ -36,14 +36,12 @@ def read_train_state(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"it has {path.stat().st_size} bytes")
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = load_torch_file(path, "train state")
         state = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in loaded.items()}
         if not isinstance(state["step"], int) or state["step"] < 0:
             raise ValueError(f"its step is {state['step']!r}")
-    except FileNotFoundError:
-        raise
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, AttributeError, EOFError, OSError) as error:
-        raise CheckpointDamagedError(
-            f"{path} is not a readable train state: {type(error).__name__}: {error}"
-        ) from error
+    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointDamagedError(f"{path} is not a readable train state: {describe(error)}") from error
     return state

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import megatron.core.dist_checkpointing as mcore
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.mapping import CheckpointingException, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -28,22 +28,47 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from megatron.core.dist_checkpointing.validation import (
+    StrictHandling,
+    determine_global_metadata,
+    parse_strict_flag,
+    validate_integrity_and_strict_load,
+    validate_sharding_integrity,
+    verify_checkpoint_and_load_strategy,
+)
 from torch.distributed.checkpoint.api import CheckpointException
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.background import ForkedCall
 from bridge.training.checkpointing.contents import Sidecar, torch_bytes
-from bridge.training.checkpointing.errors import CheckpointMismatchError, CheckpointSaveError
+from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
 from bridge.training.checkpointing.formats import PayloadWrite
+from bridge.training.checkpointing.formats.failures import load_error, reason_of, unreadable
 from bridge.training.checkpointing.layout import COMMON, MCORE_METADATA, PAYLOAD_METADATA
+from bridge.training.checkpointing.safe_globals import describe, load_torch_file
 
 logger = logging.getLogger(__name__)
 
 BACKEND = "torch_dist"
 VERSION = 1
 _CONTENT_METADATA = "content_metadata"
-_LONGEST_REASON = 400  # characters
+_DROPPING = ("log_", "return_", "ignore_")
+"""How the strictness values begin under which megatron-core leaves out keys that the checkpoint lacks."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a load returned."""
+
+    state_dict: dict[str, Any]
+    dropped: bool
+    """Whether requested keys that the checkpoint lacks may have been left out of `state_dict`."""
+    missing: frozenset[str] | None = None
+    """Keys of the checkpoint that no rank requested; None where the strictness does not return them."""
+    unexpected: frozenset[str] | None = None
+    """Keys that were requested and are not in the checkpoint; None likewise."""
 
 
 class PlanningStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -96,14 +121,21 @@ def plan_save(
     sharded, common = ranks.run(
         "preparing the sharded state", lambda: save_preprocess(state_dict, validate_access_integrity=False)
     )
+    # Before anything is exchanged: what cannot be pickled would fail on rank 0 alone, amid a collective.
+    sidecars = ranks.run(
+        "serializing the common state",
+        lambda: (Sidecar(COMMON, torch_bytes(common)),) if ranks.is_first else (),
+    )
     if strategy is None:
         # Checked once for a structure: the answer does not change while the model stays the same.
-        _validate_sharding(sharded, preprocess_common(common) if preprocess_common else common, ranks)
+        compared = common
+        if preprocess_common is not None:
+            compared = ranks.run("preparing the common state for comparison", lambda: preprocess_common(common))
+        _validate_sharding(sharded, compared, ranks)
         strategy = PlanningStrategy(writers_per_rank)
         if parallelization_group is not None:
             strategy = FullyParallelSaveStrategyWrapper(strategy, parallelization_group)
     planned = _plan(strategy, sharded, directory, ranks)
-    sidecars = (Sidecar(COMMON, torch_bytes(common)),) if ranks.is_first else ()
     return PayloadWrite(planned.write, planned.finish, sidecars), strategy
 
 
@@ -114,56 +146,125 @@ def load(
     *,
     strictness: str,
     parallelization_group: Any | None = None,
-) -> dict[str, Any]:
+    validate_access: bool = True,
+) -> Loaded:
     """Load the parts of a checkpoint that `template` asks for.
 
     Args:
         template: sharded state dict of this rank.
         directory: the checkpoint.
         ranks: all ranks; this is collective.
-        strictness: one of megatron-core's `StrictHandling` values. The two that return key sets log them here.
+        strictness: one of megatron-core's `StrictHandling` values.
         parallelization_group: each rank of this group reads a share and they exchange; None: everybody reads.
+        validate_access: check that the ranks' requests cover every requested tensor exactly once.
 
     Returns:
-        The state dict with loaded values.
+        The state dict with loaded values, and the key sets where `strictness` returns them; they are logged too.
 
     Raises:
-        CheckpointMismatchError: keys, shapes or formats do not fit.
+        CheckpointDamagedError: a file cannot be read, on any rank.
+        UnsafeCheckpointError: `common.pt` holds an object of a class that is not allowed.
+        CheckpointMismatchError: keys or shapes do not fit.
     """
 
-    def read() -> dict[str, Any]:
-        strategy = get_default_load_sharded_strategy(str(directory))
-        if parallelization_group is not None:
-            strategy = FullyParallelLoadStrategyWrapper(strategy, parallelization_group)
+    # Each step is local or collective, never both: a rank that cannot read leaves no other waiting for it.
+    request = ranks.run(
+        "reading the common part of the checkpoint",
+        lambda: _prepare(template, directory, strictness, parallelization_group),
+    )
+    accessed: tuple[Any, Any] = (None, None)
+    if validate_access or StrictHandling.requires_global_app_metadata(request.strict):
+        accessed = ranks.run("exchanging what is to be loaded", lambda: determine_global_metadata(request.sharded))
+
+    def fit() -> tuple[Any, set[str], set[str]]:
+        return validate_integrity_and_strict_load(  # type: ignore[no-any-return]
+            request.sharded, request.strict, validate_access, *accessed, request.saved
+        )
+
+    def typed(action: Callable[[], T]) -> T:
         try:
-            loaded = mcore.load(template, str(directory), strategy, strict=strictness)
+            return action()
         except (CheckpointingException, CheckpointException) as error:
-            raise CheckpointMismatchError(
-                f"the checkpoint in {directory} does not fit this run: {_reason(error)} "
-                f"(checkpoint.dist_ckpt_strictness is {strictness!r})"
-            ) from error
-        if isinstance(loaded, tuple):
-            loaded, missing, unexpected = loaded
-            logger.warning("in the checkpoint but not requested: %s", sorted(missing) or "nothing")
-            logger.warning("requested but not in the checkpoint: %s", sorted(unexpected) or "nothing")
-        return loaded  # type: ignore[no-any-return]
+            raise load_error(error, directory, strictness) from error
 
-    return ranks.run("reading the checkpoint", read)
-
-
-def _reason(error: BaseException) -> str:
-    """The causes, with the ranks that met them: torch wraps each rank's exception and traceback in a dictionary."""
-    ranks_by_cause: dict[str, list[str]] = {}
-    for rank, (cause, _) in sorted(getattr(error, "failures", {}).items()):
-        ranks_by_cause.setdefault(_shortened(f"{type(cause).__name__}: {cause}"), []).append(str(rank))
-    if not ranks_by_cause:
-        return _shortened(str(error))
-    return "; ".join(f"{cause} (rank {', '.join(ranks)})" for cause, ranks in ranks_by_cause.items())
+    sharded, missing, unexpected = ranks.run("comparing with the checkpoint", lambda: typed(fit))
+    shards = ranks.run("reading the checkpoint", lambda: typed(lambda: request.strategy.load(sharded, str(directory))))
+    state_dict = ranks.run("joining what was read", lambda: _join(request, shards))
+    if not StrictHandling.requires_returning_mismatch_keys(request.strict):
+        return Loaded(state_dict, dropped=strictness.startswith(_DROPPING))
+    if ranks.is_first:
+        logger.warning("in the checkpoint but not requested: %s", _listed(missing))
+        logger.warning("requested but not in the checkpoint: %s", _listed(unexpected))
+    return Loaded(state_dict, bool(unexpected), frozenset(missing), frozenset(unexpected))
 
 
-def _shortened(text: str) -> str:
-    """Without the lists of all keys that torch and megatron-core append."""
-    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"
+def read_common(directory: Path) -> dict[str, Any]:
+    """Read a checkpoint's `common.pt`: everything of the state dict that is not sharded. Local.
+
+    Raises:
+        UnsafeCheckpointError: it holds an object of a class that is not allowed.
+        CheckpointDamagedError: it is absent or unreadable.
+    """
+    file = directory / COMMON
+    try:
+        common = load_torch_file(file, "common part of a checkpoint")
+    except FileNotFoundError as error:
+        raise CheckpointDamagedError(f"{file} does not exist") from error
+    if not isinstance(common, dict):
+        raise CheckpointDamagedError(f"{file} holds a {type(common).__name__} where a dictionary belongs")
+    return common
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What one rank is going to load, with what it needs no shards for."""
+
+    common: dict[str, Any]
+    """The common part, joined with what the template keeps from this process."""
+    sharded: Any
+    """The shards to read, in the template's structure."""
+    factories: Any
+    """What rejoins shards that belong to one tensor."""
+    strategy: Any
+    strict: StrictHandling
+    saved: Any | None
+    """The keys of the checkpoint, where the strictness compares them."""
+
+
+def _prepare(template: dict[str, Any], directory: Path, strictness: str, group: Any | None) -> _Request:
+    strict = parse_strict_flag(strictness)
+    common = read_common(directory)
+    try:
+        strategy, _ = verify_checkpoint_and_load_strategy(str(directory))
+        compares = StrictHandling.requires_explicit_ckpt_mismatch_check(strict)
+        saved = strategy.load_sharded_metadata(str(directory)) if compares else None
+    except Exception as error:  # there is no error that unpickling a garbled file may not raise
+        raise unreadable(directory, describe(error)) from error
+    if group is not None:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, group, exchange_algo=_exchange_algorithm(group))
+    force_all_tensors_to_non_fp8(template)
+    sharded, kept, factories = load_preprocess(template)
+    merge(common, kept)
+    return _Request(common, extract_sharded_base(sharded)[0], factories, strategy, strict, saved)
+
+
+def _join(request: _Request, shards: Any) -> dict[str, Any]:
+    merge(request.common, shards)
+    apply_factory_merges(request.common, request.factories)
+    return request.common
+
+
+def _exchange_algorithm(group: Any) -> str:
+    """How ranks pass on what they have read.
+
+    megatron-core's broadcasts are left unawaited on ranks that do not need a tensor. With gloo, four ranks and
+    expert parallelism, they then wait for one another for ever.
+    """
+    return "gather_object" if dist.get_backend(group) == "gloo" else "broadcast"
+
+
+def _listed(keys: set[str]) -> str:
+    return ", ".join(sorted(keys)) if keys else "nothing"
 
 
 def _validate_sharding(sharded: Any, common: dict[str, Any], ranks: Ranks) -> None:
@@ -193,7 +294,8 @@ class _Planned:
             results = [_write_bucket(transforms, bucket) for bucket in buckets]
         else:
             calls = [
-                ForkedCall(partial(_write_bucket, transforms, bucket), f"writer of {bucket[1]}") for bucket in buckets
+                ForkedCall(partial(_write_bucket, transforms, bucket), f"the writer of {bucket[1]}")
+                for bucket in buckets
             ]
             results = [call.result() for call in calls]
         return [bucket[1] for bucket in buckets], [result for results_ in results for result in results_]
@@ -214,7 +316,10 @@ def _plan(strategy: Any, sharded: Any, directory: Path, ranks: Ranks) -> _Planne
     filesystem_async._results_queue = filesystem_async._results_queue or object()
 
     def plan() -> _Planned:
-        strategy.async_save(sharded, directory)
+        try:
+            strategy.async_save(sharded, directory)
+        except CheckpointException as error:  # a BaseException, the same on all ranks
+            raise CheckpointSaveError(f"the save cannot be planned: {reason_of(error)}") from error
         if planner.writer is None:
             raise CheckpointSaveError("megatron-core's strategy returned no plan")
         planned = _Planned(planner.writer, planner.metadata, directory)

@@ -1,0 +1,222 @@
+"""Restoring one checkpoint into a run: plan → read → apply. Collective."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from bridge.training.checkpointing.adapter_plan import adapters_of_run, other_base, require_adapters
+from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.contents.dataloader import read_dataloader_state
+from bridge.training.checkpointing.contents.glu import model_glu_sizes, require_same_optimizer_order
+from bridge.training.checkpointing.contents.main_params import load_main_params, with_full_precision
+from bridge.training.checkpointing.contents.model import load_model_state_dict
+from bridge.training.checkpointing.contents.optimizer import load_optimizer, load_scheduler, share_main_params
+from bridge.training.checkpointing.contents.optimizer_forms import form_of
+from bridge.training.checkpointing.contents.peft import apply_peft_adapter_filter_to_state_dict, load_adapters
+from bridge.training.checkpointing.contents.rerun import (
+    RERUN,
+    rerun_is_enabled,
+    rerun_template,
+    set_rerun_state,
+)
+from bridge.training.checkpointing.contents.rng import reseed, rng_place, rng_template, set_rng_state
+from bridge.training.checkpointing.contents.state_dict import RNG, generate_state_dict
+from bridge.training.checkpointing.contents.train_state import read_train_state
+from bridge.training.checkpointing.contents.version import set_checkpoint_version
+from bridge.training.checkpointing.formats import torch_dist
+from bridge.training.checkpointing.layout import TRAIN_STATE
+from bridge.training.checkpointing.parallel import Layout
+from bridge.training.checkpointing.plan import LoadPlan, Saved, Wanted, plan_load
+from bridge.training.checkpointing.resolve import Source
+from bridge.training.checkpointing.rng_plan import request_rng
+from bridge.training.checkpointing.source import describe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LiveState:
+    """The live objects of a run that a checkpoint is restored into."""
+
+    state: Any
+    model: list[Any]
+    optimizer: Any | None
+    scheduler: Any | None
+    groups: Any
+    """Process groups."""
+    module_name: str | None
+
+
+def restore(
+    source: Source,
+    live: LiveState,
+    ranks: Ranks,
+    *,
+    strict: bool = True,
+    model_only: str = "",
+    metadata_only: bool = False,
+) -> tuple[int, int]:
+    """Restore what the checkpoint has, the run wants, and the layout allows; log what became of each part.
+
+    Args:
+        source: the checkpoint.
+        live: what to restore into.
+        ranks: all ranks.
+        strict: as in `torch.nn.Module.load_state_dict`.
+        model_only: why nothing but the model is wanted; empty restores everything.
+        metadata_only: read the counters and leave model, optimizer and random states alone.
+
+    Returns:
+        The iteration and the FLOPs spent until then; (0, 0) with `model_only`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or does not fit. Every rank raises the same type.
+    """
+    begun = time.monotonic()
+    saved = ranks.first("examining the checkpoint", lambda: describe(source))
+    if ranks.is_first:
+        logger.info("loading %s: %s", source.path, source.reason)
+    wanted = _wanted(live, model_only)
+    plan = ranks.run("planning the load", lambda: _plan(source, saved, wanted))
+    if metadata_only:
+        ranks.run("restoring the train state", lambda: _apply_train_state(source, saved, plan, live))
+    else:
+        _read_and_apply(source, saved, wanted, plan, live, ranks, strict)
+    live.state.loaded_from = str(source.path)
+    if ranks.is_first:
+        seconds = time.monotonic() - begun
+        logger.info("loaded iteration %d from %s in %.2f s", saved.iteration, source.path, seconds)
+    train_state = live.state.train_state
+    return train_state.step, train_state.floating_point_operations_so_far
+
+
+def _wanted(live: LiveState, model_only: str) -> Wanted:
+    cfg = live.state.cfg
+    return Wanted(
+        layout=Layout.of(live.groups, len(live.model)),
+        load_optim=cfg.checkpoint.load_optim,
+        load_rng=cfg.checkpoint.load_rng,
+        load_dataloader_state=cfg.checkpoint.load_dataloader_state,
+        has_optimizer=live.optimizer is not None,
+        uses_distributed_optimizer=cfg.ddp.use_distributed_optimizer,
+        data_parallel_random_init=cfg.rng.data_parallel_random_init,
+        model_only=model_only,
+        optimizer_form=form_of(live.optimizer),
+        precision=cfg.model.precision,
+        adapters=None if live.state.peft is None else adapters_of_run(cfg.peft, live.state.base_checkpoint),
+        reruns=rerun_is_enabled(),
+    )
+
+
+def _plan(source: Source, saved: Saved, wanted: Wanted) -> LoadPlan:
+    require_adapters(source.path, saved.adapters, wanted.adapters)
+    if Ranks.current().is_first and (other := other_base(saved.adapters, wanted.adapters)):
+        logger.warning(
+            "ANOTHER BASE MODEL: the adapters in %s were trained on %s, which is not what "
+            "checkpoint.pretrained_checkpoint gives now; name that one to go on with it",
+            source.path,
+            other,
+        )
+    return plan_load(saved, wanted)
+
+
+def _read_and_apply(
+    source: Source, saved: Saved, wanted: Wanted, plan: LoadPlan, live: LiveState, ranks: Ranks, strict: bool
+) -> None:
+    cfg = live.state.cfg.checkpoint
+    request = request_rng(saved.rng, wanted.rng, rng_place(live.groups)) if plan.rng.restore else None
+    template = ranks.run("preparing the state to load", lambda: _template(saved, plan, live))
+    if request is not None:
+        template[RNG] = rng_template(request, live.module_name)
+    restores_rerun = plan.rerun is not None and plan.rerun.restore
+    if restores_rerun:
+        template[RERUN] = rerun_template()
+    loaded = torch_dist.load(
+        template,
+        source.path,
+        ranks,
+        strictness=cfg.dist_ckpt_strictness,
+        parallelization_group=live.groups.dp_cp if cfg.fully_parallel_load else None,
+        # Ranks that take over one another's random states do not cover the saved object one to one.
+        validate_access=not plan.reseed_rng,
+    )
+
+    ranks.run(
+        "applying the checkpoint",
+        lambda: _apply(loaded.state_dict, source, plan, live, strict=strict and not loaded.dropped),
+    )
+    if live.optimizer is not None and plan.optimizer.restore:
+        ranks.run("sharing the main parameters", lambda: share_main_params(live.optimizer))
+
+    def apply_rest() -> None:
+        _apply_train_state(source, saved, plan, live)
+        if restores_rerun:
+            set_rerun_state(loaded.state_dict[RERUN])
+        # Last: nothing after this may draw a random number.
+        if plan.reseed_rng:
+            seed, random_init = live.state.cfg.rng.seed, wanted.data_parallel_random_init
+            reseed(seed, saved.iteration, random_init, pg_collection=live.groups)
+        if request is not None:
+            set_rng_state(loaded.state_dict[RNG], request)
+
+    ranks.run("applying the checkpoint's counters and random states", apply_rest)
+    if ranks.is_first:
+        logger.info("parts of %s:\n%s", source.path, plan.table())
+
+
+def _template(saved: Saved, plan: LoadPlan, live: LiveState) -> dict[str, Any]:
+    cfg = live.state.cfg
+    if plan.optimizer.restore:
+        require_same_optimizer_order(saved.content_metadata, model_glu_sizes(live.model))
+    metadata = {**(saved.content_metadata or {}), "dp_cp_group": live.groups.dp_cp}
+    template = generate_state_dict(
+        cfg.checkpoint,
+        live.model,
+        live.optimizer if plan.optimizer.restore else None,
+        live.scheduler if plan.scheduler.restore else None,
+        None,
+        optim_sd_kwargs={"is_loading": True, "metadata": metadata, "saved_form": saved.optimizer_form},
+        model_sd_kwargs={"metadata": metadata},
+    )
+    if cfg.checkpoint.load_main_params_from_ckpt:
+        with_full_precision(template, len(live.model))
+    if live.state.peft is not None:
+        template = apply_peft_adapter_filter_to_state_dict(template, live.state.peft)
+    return template
+
+
+def _apply(loaded: dict[str, Any], source: Source, plan: LoadPlan, live: LiveState, *, strict: bool) -> None:
+    if plan.data_iterator.restore:
+        data_parallel = live.groups.dp
+        live.state.dataloader_state = read_dataloader_state(source.path, data_parallel.rank(), data_parallel.size())
+    if "checkpoint_version" in loaded:
+        set_checkpoint_version(loaded["checkpoint_version"])
+    if live.state.peft is None:
+        load_model_state_dict(live.model, loaded, strict)
+    else:
+        load_adapters(live.model, loaded, live.state.peft, strict)
+    if live.optimizer is not None:
+        if plan.optimizer.restore:
+            load_optimizer(live.optimizer, loaded)
+        elif live.state.cfg.checkpoint.load_main_params_from_ckpt:
+            load_main_params(live.optimizer, live.model, loaded)
+        else:
+            # Main parameters were copied from the model's before the load; copy them again.
+            live.optimizer.reload_model_params()
+    if live.scheduler is not None and plan.scheduler.restore:
+        load_scheduler(live.scheduler, loaded)
+
+
+def _apply_train_state(source: Source, saved: Saved, plan: LoadPlan, live: LiveState) -> None:
+    train_state = type(live.state.train_state)()
+    if plan.train_state.restore:
+        if saved.has_train_state:
+            train_state.load_state_dict(read_train_state(source.path / TRAIN_STATE))
+        else:
+            train_state.load_state_dict(saved.counters)
+        if saved.release:
+            train_state.step = 0
+    live.state.train_state = train_state

@@ -1,0 +1,164 @@
+"""One writer for a save directory, with real processes: who waits, who is refused, and who is not held up."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from bridge.training.checkpointing import commit, ownership
+from bridge.training.checkpointing.errors import DirectoryInUseError
+from bridge.training.checkpointing.layout import WRITER
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def _short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "WAIT_SECONDS", 0.3)
+
+
+@contextmanager
+def process(action: Callable[[], str]) -> Iterator[tuple[int, str]]:
+    """A process that does something, says what came of it, and lives on until it is killed."""
+
+    def run(answer: Connection) -> None:
+        try:
+            answer.send(action())
+        except Exception as error:
+            answer.send(f"{type(error).__name__}: {error}")
+        signal.pause()
+
+    here, there = FORK.Pipe()
+    child = FORK.Process(target=run, args=(there,), daemon=True)
+    child.start()
+    try:
+        assert here.poll(30)
+        yield child.pid or 0, here.recv()
+    finally:
+        child.kill()
+        child.join()
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def claimed(directory: Path) -> Callable[[], str]:
+    def action() -> str:
+        ownership.claim(directory)
+        return "claimed"
+
+    return action
+
+
+def test_a_second_writer_is_refused_and_the_firsts_save_in_flight_survives(tmp_path: Path) -> None:
+    def begin() -> str:
+        commit.recover_once(tmp_path, None)
+        return str(commit.begin_staging(tmp_path, 10))
+
+    with process(begin) as (pid, staging):
+        owner = json.loads((tmp_path / WRITER).read_text())
+        assert owner["pid"] == pid
+        with pytest.raises(DirectoryInUseError) as caught:
+            commit.recover_once(tmp_path, None)
+        assert str(caught.value) == (
+            f"checkpoint.save: {tmp_path} is in use by another run (host {owner['host']}, process {pid}, since "
+            f"{owner['start']}), and two runs cannot save in one directory; stop that run, or set checkpoint.save "
+            "to another directory"
+        )
+        assert Path(staging).is_dir()
+    commit.recover_once(tmp_path, None)  # its owner was killed, so it is a leftover now
+    assert not Path(staging).exists()
+
+
+def test_the_lock_is_free_as_soon_as_its_owner_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with process(claimed(tmp_path)) as (pid, answer):
+        assert answer == "claimed"
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        monkeypatch.setattr(ownership, "WAIT_SECONDS", 0.0)
+        ownership.claim(tmp_path)
+    assert json.loads((tmp_path / WRITER).read_text())["pid"] == os.getpid()
+
+
+def test_a_predecessor_that_is_shutting_down_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def claim_for_a_second() -> str:
+        ownership.claim(tmp_path)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        return "claimed"
+
+    monkeypatch.setattr(ownership, "WAIT_SECONDS", 30.0)
+    with process(claim_for_a_second) as (pid, _):
+        begun = time.monotonic()
+        ownership.claim(tmp_path)
+        assert 0.5 < time.monotonic() - begun < 10
+    messages = [record.getMessage() for record in caplog.records if "waiting" in record.getMessage()]
+    assert len(messages) == 1
+    assert f"process {pid}" in messages[0]
+
+
+def test_a_forked_writer_does_not_keep_its_owners_lock(tmp_path: Path) -> None:
+    def claim_and_fork() -> str:
+        ownership.claim(tmp_path)
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        return str(child)
+
+    with process(claim_and_fork) as (_, writer):
+        pass
+    try:
+        os.kill(int(writer), 0)  # alive, with a copy of the descriptor
+        ownership.claim(tmp_path)
+    finally:
+        os.kill(int(writer), signal.SIGKILL)
+
+
+def test_a_forked_child_does_not_take_its_parents_claim_for_its_own(tmp_path: Path) -> None:
+    ownership.claim(tmp_path)
+    with process(claimed(tmp_path)) as (_, answer):
+        assert answer.startswith("DirectoryInUseError")
+    with process(claimed(tmp_path)) as (_, answer):  # and its attempt has not cost the parent the lock
+        assert answer.startswith("DirectoryInUseError")
+
+
+def test_claiming_again_under_any_name_keeps_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "save").mkdir()
+    (tmp_path / "alias").symlink_to("save")
+    monkeypatch.chdir(tmp_path)
+    before = open_descriptors()
+    for name in (tmp_path / "save", tmp_path / "alias", Path("save")):
+        ownership.claim(name)
+    assert open_descriptors() == before + 1
+    with process(claimed(tmp_path / "save")) as (_, answer):
+        assert answer.startswith("DirectoryInUseError")
+
+
+def test_a_directory_that_was_deleted_and_made_again_is_claimed_again(tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    save.mkdir()
+    ownership.claim(save)
+    shutil.rmtree(save)
+    save.mkdir()
+    ownership.claim(save)
+    with process(claimed(save)) as (_, answer):
+        assert answer.startswith("DirectoryInUseError")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff"])
+def test_an_owner_that_cannot_be_read_is_still_an_owner(tmp_path: Path, content: bytes) -> None:
+    with process(claimed(tmp_path)):
+        (tmp_path / WRITER).write_bytes(content)
+        with pytest.raises(DirectoryInUseError, match=r"in use by another run \(which has not said who it is\)"):
+            ownership.claim(tmp_path)
