@@ -334,6 +334,30 @@ def test_a_model_of_another_size_is_a_mismatch_on_every_rank(saved: Path) -> Non
     assert "Global shape mismatch" in str(message)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"model": {"share_embeddings_and_output_weights": False}, "checkpoint": {"load_optim": False}},
+            "output_layer.weight",
+        ),
+        (
+            {"model": {"normalization": "RMSNorm"}, "checkpoint": {"dist_ckpt_strictness": "raise_all"}},
+            "layer_norm_bias",
+        ),
+        (
+            {"optimizer": {"optimizer": "sgd"}, "ddp": {"use_distributed_optimizer": False}},
+            "which only a distributed optimizer can load",
+        ),
+    ],
+    ids=["missing keys", "extra keys", "other optimizer"],
+)
+def test_what_does_not_fit_is_a_mismatch_on_every_rank(saved: Path, settings: dict[str, Any], message: str) -> None:
+    kind, text = outcome(saved, **settings)
+    assert kind == "CheckpointMismatchError"
+    assert message in str(text)
+
+
 def test_a_deeper_model_is_a_mismatch_on_every_rank(saved: Path) -> None:
     kind, _ = outcome(saved, model={"num_layers": 6}, checkpoint={"load_optim": False})
     assert kind == "CheckpointMismatchError"

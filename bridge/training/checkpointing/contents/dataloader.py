@@ -24,6 +24,7 @@ from bridge.training.checkpointing.contents import Sidecar, torch_bytes
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
 from bridge.training.checkpointing.layout import DATALOADER_DIRECTORY, dataloader_state_name, iteration_name
 from bridge.training.checkpointing.parallel import default_pg_collection
+from bridge.training.checkpointing.safe_globals import load_torch_file
 
 _KEY = "dataloader_state_dict"
 _FILE_NAME = re.compile(r"train_dataloader_dprank(\d{3,})\.pt")
@@ -147,9 +148,9 @@ def read_dataloader_state(checkpoint: Path, data_parallel_rank: int, data_parall
 
 def _read(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)[_KEY]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, OSError) as error:
-        raise CheckpointDamagedError(f"{path} is not a readable data iterator state: {error}") from error
+        return load_torch_file(path, "data iterator state")[_KEY]
+    except (KeyError, TypeError, FileNotFoundError) as error:
+        raise CheckpointDamagedError(f"{path} is not a readable data iterator state: {error!r}") from error
 
 
 def _require_loadable(data: bytes, iterator: Any) -> None:

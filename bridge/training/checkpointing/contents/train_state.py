@@ -40,7 +40,7 @@ def read_train_state(path: Path) -> dict[str, Any]:
         state = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in loaded.items()}
         if not isinstance(state["step"], int) or state["step"] < 0:
             raise ValueError(f"its step is {state['step']!r}")
-    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointDamagedError(f"{path} is not a readable train state: {describe(error)}") from error

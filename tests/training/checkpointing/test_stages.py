@@ -1,0 +1,148 @@
+"""The documented step-by-step functions, on a real checkpoint and real ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bridge.training import checkpointing as ck
+from bridge.training.checkpointing.contents.model import generate_model_state_dict
+from bridge.training.config import CheckpointConfig
+from bridge.training.setup import Run, setup
+from tests.distributed.launch import run_ranks
+from tests.training.tiny import digests, run_to_end, tiny_config
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of iterations 2 and 4, from two ranks."""
+    save = tmp_path_factory.mktemp("saved")
+    run_ranks(run_to_end, 2, tiny_config(train_iters=4, checkpoint={"save": str(save), "save_interval": 2}))
+    return save
+
+
+def weights(run: Run) -> dict[str, str]:
+    return {name: digest for name, digest in digests(run).items() if name.startswith("model")}
+
+
+def test_iterations_are_resolved_as_documented(saved: Path, tmp_path: Path) -> None:
+    resolve = ck._resolve_checkpoint_iteration
+    assert resolve(None, None) == (-1, False)
+    assert resolve(str(tmp_path), None) == (-1, False)
+    assert resolve(str(saved), None) == (4, False)
+    assert resolve(str(saved), 2) == (2, False)
+    assert resolve(str(saved / "iter_0000002"), None) == (ck._DIRECT_ITERATION_DIR_SENTINEL, False)
+    with pytest.raises(FileNotFoundError, match="ckpt_step: 3 is not in"):
+        resolve(str(saved), 3)
+    (tmp_path / "release").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    assert resolve(str(tmp_path), None) == (0, True)
+
+
+def test_the_non_persistent_iteration_comes_from_the_tier(saved: Path, tmp_path: Path) -> None:
+    newest = ck._get_non_persistent_iteration
+    assert newest(str(saved)) == -1
+    assert newest(str(saved), "global") == 4
+    assert newest(str(tmp_path), "global") == -1
+    manager = SimpleNamespace(find_latest=lambda: 7)
+    assert newest("", "local", {"local_checkpoint_manager": manager}) == 7
+    with pytest.raises(ck.CheckpointMismatchError, match="has no local_checkpoint_manager"):
+        newest("", "local", {})
+    with pytest.raises(ck.CheckpointMismatchError, match="'in_memory' is neither 'global' nor 'local'"):
+        newest("", "in_memory")
+
+
+def test_the_context_is_empty_without_local_checkpoints() -> None:
+    assert ck.init_checkpointing_context(CheckpointConfig()) == {}
+    with pytest.raises(RuntimeError, match="'local' is not available"):
+        ck.init_checkpointing_context(CheckpointConfig(non_persistent_ckpt_type="local"))
+
+
+def test_the_functions_of_fsdp_dtensor_refuse() -> None:
+    message = "load_fsdp_dtensor_checkpoint: the format fsdp_dtensor is not available in this version; use torch_dist"
+    with pytest.raises(ck.CheckpointError) as caught:
+        ck.load_fsdp_dtensor_checkpoint("", None, True, None, None)
+    assert str(caught.value) == message
+
+
+def load_step_by_step(cfg: Any, saved: str) -> dict[str, Any]:
+    """The base checkpoint in its parts, as a program that owns its loading would take them."""
+    run = setup(cfg)
+    config = CheckpointConfig(load=saved, non_persistent_ckpt_type="global")
+    groups = {"pg_collection": run.pg_collection}
+    common, path, release, kind = ck._load_base_checkpoint(saved, config, rank0=True, **groups)
+    template = generate_model_state_dict(run.model, {"metadata": {"dp_cp_group": run.pg_collection.dp_cp}})
+    loaded = ck._load_base_checkpoint(saved, config, sharded_state_dict=template, **groups)
+    again = ck._load_non_persistent_base_checkpoint(saved, config, True, None, 2, **groups)
+    nothing = ck._load_base_checkpoint(str(Path(saved) / "absent"), config, rank0=True, **groups)
+    key = "embedding.word_embeddings.weight"
+    same = torch.equal(loaded[0]["model"][key], template["model"][key].data)
+    return {
+        "common": (common["iteration"], Path(path).name, release, kind),
+        "loaded": (loaded[0]["iteration"], Path(loaded[1]).name, loaded[2], loaded[3], same),
+        "older": (again[0]["iteration"], Path(again[1]).name),
+        "nothing": nothing,
+    }
+
+
+def test_the_base_checkpoint_is_loaded_step_by_step(saved: Path) -> None:
+    for found in run_ranks(load_step_by_step, 2, tiny_config(), str(saved)):
+        assert found == {
+            "common": (4, "iter_0000004", False, ck.CheckpointType.GLOBAL),
+            "loaded": (4, "iter_0000004", False, ck.CheckpointType.GLOBAL, True),
+            "older": (2, "iter_0000002"),
+            "nothing": (None, "", False, None),
+        }
+
+
+def load_weights(cfg: Any, checkpoint: str, parallel: bool) -> dict[str, str]:
+    run = setup(cfg)
+    assert ck._load_model_weights_from_checkpoint(checkpoint, run.model, fully_parallel_load=parallel) is None
+    return weights(run)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_weights_are_loaded_under_another_layout(saved: Path, parallel: bool) -> None:
+    expected = run_ranks(lambda cfg: weights(setup(cfg)), 1, tiny_config(checkpoint={"load": str(saved)}))
+    found = run_ranks(load_weights, 2, tiny_config(), str(saved / "iter_0000004"), parallel)
+    assert found == [*expected, *expected]
+    with_tp2 = tiny_config(
+        model={"tensor_model_parallel_size": 2}, checkpoint={"load": str(saved), "load_optim": False}
+    )
+    sharded = run_ranks(lambda cfg: weights(setup(cfg)), 2, with_tp2)
+    plain = tiny_config(model={"tensor_model_parallel_size": 2})
+    assert run_ranks(load_weights, 2, plain, str(saved / "iter_0000004"), parallel) == sharded
+
+
+def returned_weights(cfg: Any, checkpoint: str) -> tuple[Any, Any, Any]:
+    run = setup(cfg)
+    before = weights(run)
+    plain = ck._load_model_weights_from_checkpoint(checkpoint, run.model, return_state_dict=True)
+    three = ck._load_model_weights_from_checkpoint(
+        checkpoint, run.model, return_state_dict=True, dist_ckpt_strictness="return_all"
+    )
+    unchanged = {name.removeprefix("model0."): before[name] for name in before}
+    return sorted(plain), (sorted(three[0]), "optimizer" in str(three[1]), three[2]), bool(unchanged)
+
+
+def test_weights_and_key_sets_are_returned(saved: Path) -> None:
+    for plain, three, _ in run_ranks(returned_weights, 2, tiny_config(), str(saved / "iter_0000004")):
+        assert plain == ["model"]
+        assert three == (["model"], True, set())
+
+
+def test_a_path_that_is_no_checkpoint_is_refused_on_every_rank(saved: Path) -> None:
+    def attempt(cfg: Any) -> str:
+        run = setup(cfg)
+        try:
+            ck._load_model_weights_from_checkpoint(str(saved), run.model)
+        except FileNotFoundError as error:
+            return str(error)
+        return "loaded"
+
+    message = f"checkpoint_path: {saved} is not a checkpoint; name an iter_N directory"
+    assert run_ranks(attempt, 2, tiny_config()) == [message, message]
