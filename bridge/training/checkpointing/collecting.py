@@ -27,6 +27,7 @@ from bridge.training.checkpointing.contents.run_config import run_config_sidecar
 from bridge.training.checkpointing.contents.state_dict import RNG, joined, optimizer_part
 from bridge.training.checkpointing.contents.tokenizer import tokenizer_sidecars
 from bridge.training.checkpointing.contents.train_state import train_state_sidecar
+from bridge.training.checkpointing.contents.vocabulary import VOCABULARY, vocabulary_size
 from bridge.training.checkpointing.transaction import Contents
 
 
@@ -72,6 +73,9 @@ def _content_metadata(live: LiveObjects) -> dict[str, Any]:
     sizes = model_glu_sizes(live.model, cfg)
     if any(sizes):
         metadata[CONTENT_KEY] = list(sizes)
+    vocabulary = vocabulary_size(cfg, live.state.tokenizer)
+    if vocabulary is not None:
+        metadata[VOCABULARY] = vocabulary
     return metadata
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from bridge.training.checkpointing import resharding
 from bridge.training.checkpointing.adapter_plan import Adapters
+from bridge.training.checkpointing.contents.vocabulary import VOCABULARY
 from bridge.training.checkpointing.errors import CheckpointMismatchError
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.resharding import OptimizerForm
@@ -58,6 +59,8 @@ class Wanted:
     data_parallel_random_init: bool = False
     load_dataloader_state: str = "auto"
     """`auto`, `require` or `ignore`."""
+    vocabulary_size: int | None = None
+    """Ids before padding; None if unknown."""
     model_only: str = ""
     """Why nothing but the model is wanted; empty where everything is."""
     optimizer_form: OptimizerForm | None = None
@@ -114,9 +117,10 @@ def plan_load(saved: Saved, wanted: Wanted) -> LoadPlan:
     """Decide what to restore.
 
     Raises:
-        CheckpointMismatchError: the optimizer's state is wanted but cannot be resharded to this run's layout, or
-            the data iterator's state is required and was not saved.
+        CheckpointMismatchError: the vocabulary is of another size, the optimizer's state is wanted but cannot be
+            resharded to this run's layout, or the data iterator's state is required and was not saved.
     """
+    _require_same_vocabulary(saved, wanted)
     optimizer = _plan_optimizer(saved, wanted)
     rng = _plan_rng(saved, wanted)
     return LoadPlan(
@@ -129,6 +133,15 @@ def plan_load(saved: Saved, wanted: Wanted) -> LoadPlan:
         rerun=_plan_rerun(saved, wanted) if saved.has_rerun_state else None,
         reseed_rng=_rng_is_asked_for(saved, wanted) and not keeps_every_state(saved.rng, wanted.rng),
     )
+
+
+def _require_same_vocabulary(saved: Saved, wanted: Wanted) -> None:
+    size = (saved.content_metadata or {}).get(VOCABULARY)
+    if size is not None and wanted.vocabulary_size is not None and size != wanted.vocabulary_size:
+        raise CheckpointMismatchError(
+            f"the checkpoint's vocabulary has {size} ids and this run's has {wanted.vocabulary_size}; use the "
+            "tokenizer that is in the checkpoint, or set model.vocab_size as it was"
+        )
 
 
 def _plan_optimizer(saved: Saved, wanted: Wanted) -> Part:

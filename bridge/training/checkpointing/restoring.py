@@ -26,6 +26,7 @@ from bridge.training.checkpointing.contents.rng import reseed, rng_place, rng_te
 from bridge.training.checkpointing.contents.state_dict import RNG, generate_state_dict
 from bridge.training.checkpointing.contents.train_state import read_train_state
 from bridge.training.checkpointing.contents.version import set_checkpoint_version
+from bridge.training.checkpointing.contents.vocabulary import vocabulary_size
 from bridge.training.checkpointing.formats import torch_dist
 from bridge.training.checkpointing.layout import TRAIN_STATE
 from bridge.training.checkpointing.parallel import Layout
@@ -103,6 +104,7 @@ def _wanted(live: LiveState, model_only: str) -> Wanted:
         has_optimizer=live.optimizer is not None,
         uses_distributed_optimizer=cfg.ddp.use_distributed_optimizer,
         data_parallel_random_init=cfg.rng.data_parallel_random_init,
+        vocabulary_size=vocabulary_size(cfg, live.state.tokenizer),
         model_only=model_only,
         optimizer_form=form_of(live.optimizer),
         precision=cfg.model.precision,

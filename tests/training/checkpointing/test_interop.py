@@ -99,6 +99,7 @@ def test_stock_programs_read_what_we_write(tmp_path: Path, mode: str) -> None:
         "distrib_optim_sharding_type": "dp_reshardable",
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
+        "vocabulary_size": 256,
     }
 
     by_dcp = run_stock(STOCK_DCP, checkpoint, tmp_path / "dcp.pt")

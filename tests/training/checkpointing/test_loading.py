@@ -337,6 +337,7 @@ def test_a_model_of_another_size_is_a_mismatch_on_every_rank(saved: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"tokenizer": {"vocab_size": 511}}, "the checkpoint's vocabulary has 256 ids and this run's has 512; use the"),
         (
             {"model": {"share_embeddings_and_output_weights": False}, "checkpoint": {"load_optim": False}},
             "output_layer.weight",
@@ -350,7 +351,7 @@ def test_a_model_of_another_size_is_a_mismatch_on_every_rank(saved: Path) -> Non
             "which only a distributed optimizer can load",
         ),
     ],
-    ids=["missing keys", "extra keys", "other optimizer"],
+    ids=["other vocabulary", "missing keys", "extra keys", "other optimizer"],
 )
 def test_what_does_not_fit_is_a_mismatch_on_every_rank(saved: Path, settings: dict[str, Any], message: str) -> None:
     kind, text = outcome(saved, **settings)
