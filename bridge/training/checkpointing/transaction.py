@@ -15,12 +15,12 @@ import bridge
 from bridge.training.callbacks import CheckpointKind
 from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.contents import Sidecar
 from bridge.training.checkpointing.files import sync_directory, write_file
 from bridge.training.checkpointing.formats import PayloadWrite
 from bridge.training.checkpointing.integrity import FileRecord, Manifest
 from bridge.training.checkpointing.layout import TRAIN_STATE
 from bridge.training.checkpointing.parallel import Layout
+from bridge.training.checkpointing.sidecar import Sidecar
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ import torch
 
 from bridge.training.checkpointing.additions import add_file
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.contents import Sidecar, torch_bytes
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
 from bridge.training.checkpointing.layout import DATALOADER_DIRECTORY, dataloader_state_name, iteration_name
 from bridge.training.checkpointing.parallel import default_pg_collection
 from bridge.training.checkpointing.safe_globals import load_torch_file
+from bridge.training.checkpointing.sidecar import Sidecar, torch_bytes
 
 _KEY = "dataloader_state_dict"
 _FILE_NAME = re.compile(r"train_dataloader_dprank(\d{3,})\.pt")

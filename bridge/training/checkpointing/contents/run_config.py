@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from bridge.training.checkpointing.contents import Sidecar
 from bridge.training.checkpointing.errors import CheckpointDamagedError
 from bridge.training.checkpointing.layout import RUN_CONFIG
+from bridge.training.checkpointing.sidecar import Sidecar
 
 
 def run_config_sidecar(cfg: Any, *, has_optimizer: bool = True, has_rng: bool = True) -> Sidecar:

@@ -10,9 +10,9 @@ from typing import Any
 import torch.distributed as dist
 
 from bridge.training.checkpointing.additions import add_file
-from bridge.training.checkpointing.contents import Sidecar
 from bridge.training.checkpointing.errors import CheckpointSaveError
 from bridge.training.checkpointing.layout import TOKENIZER_DIRECTORY
+from bridge.training.checkpointing.sidecar import Sidecar
 
 _SOURCE_FILES: Mapping[str, Mapping[str, str]] = {
     "SentencePieceTokenizer": {"tokenizer_model": "tokenizer.model"},

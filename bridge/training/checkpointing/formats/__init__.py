@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.training.checkpointing.contents import Sidecar
+from bridge.training.checkpointing.sidecar import Sidecar
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.background import ForkedCall
-from bridge.training.checkpointing.contents import Sidecar, torch_bytes
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
 from bridge.training.checkpointing.formats import PayloadWrite
 from bridge.training.checkpointing.formats.failures import load_error, reason_of, unreadable
 from bridge.training.checkpointing.layout import COMMON, MCORE_METADATA, PAYLOAD_METADATA
 from bridge.training.checkpointing.safe_globals import describe, load_torch_file
+from bridge.training.checkpointing.sidecar import Sidecar, torch_bytes
 
 logger = logging.getLogger(__name__)
 
