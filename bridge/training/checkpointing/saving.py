@@ -91,19 +91,22 @@ def save_checkpoint(
     _finish_earlier_saves(state)
 
     target = SaveTarget(Path(cfg.save).expanduser(), state.train_state.step)
+    live = LiveObjects(
+        state,
+        model,
+        optimizer,
+        opt_param_scheduler,
+        num_floating_point_operations_so_far,
+        train_data_iterator,
+        groups,
+        module_name,
+    )
+
+    def announce(committed: Committed) -> None:
+        _announce(committed, state, model, optimizer, opt_param_scheduler, callback_manager)
+
     staging = ranks.first("making the staging directory", lambda: _begin(target, context))
-    save: Save | None = None
     try:
-        live = LiveObjects(
-            state,
-            model,
-            optimizer,
-            opt_param_scheduler,
-            num_floating_point_operations_so_far,
-            train_data_iterator,
-            groups,
-            module_name,
-        )
         contents = collect(live, prebuilt_state_dict, ranks)
         payload, context[SAVE_STRATEGY] = torch_dist.plan_save(
             contents.state_dict,
@@ -115,29 +118,27 @@ def save_checkpoint(
             parallelization_group=groups.dp_cp if cfg.fully_parallel_save else None,
             preprocess_common=preprocess_common_state_dict_fn,
         )
-
-        def announce(committed: Committed) -> None:
-            _announce(committed, state, model, optimizer, opt_param_scheduler, callback_manager)
-
         layout = Layout.of(groups, _chunks_in(contents.state_dict))
         save = Save(target, staging, payload, contents.sidecars, layout, announce, started)
-        label = f"the checkpoint of iteration {target.iteration}"
-        if cfg.async_save:
-            request = AsyncRequest(save.write, (), [save.publish])
-            queue_of(state).schedule(request, label, receive=save.accept, abandon=save.abandon)
-            if ranks.is_first:
-                logger.info(
-                    "capturing %s held up training for %.2f s; writing it in the background",
-                    label,
-                    time.monotonic() - started,
-                )
-            return
-        save.accept(ranks.run(f"writing {label}", save.write))
-        save.publish()
+        _carry_out(save, state, ranks)
     except BaseException:
-        if ranks.is_first and staging.exists():
+        if ranks.is_first:
             commit.abandon(staging)
         raise
+
+
+def _carry_out(save: Save, state: Any, ranks: Ranks) -> None:
+    """Write and publish a planned save, or with `async_save` start the writing and leave the rest to the queue."""
+    label = f"the checkpoint of iteration {save.target.iteration}"
+    if not state.cfg.checkpoint.async_save:
+        save.accept(ranks.run(f"writing {label}", save.write))
+        save.publish()
+        return
+    request = AsyncRequest(save.write, (), [save.publish])
+    queue_of(state).schedule(request, label, receive=save.accept, abandon=save.abandon)
+    if ranks.is_first:
+        stall = time.monotonic() - save.started
+        logger.info("capturing %s held up training for %.2f s; writing it in the background", label, stall)
 
 
 def _finish_earlier_saves(state: Any) -> None:
