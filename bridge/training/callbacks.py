@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,12 +59,30 @@ class CallbackManager:
         Raises:
             ValueError: the event is not one of `EVENTS`.
         """
-        if event not in EVENTS:
-            raise ValueError(f"unknown callback event {event!r}; the events are {', '.join(EVENTS)}")
+        self._require_known(event)
         self._callbacks[event].append(callback)
+
+    @contextmanager
+    def listening(self, event: str, callback: Callback) -> Iterator[None]:
+        """Call a function at an event, before all others, as long as this is entered.
+
+        Raises:
+            ValueError: the event is not one of `EVENTS`.
+        """
+        self._require_known(event)
+        self._callbacks[event].insert(0, callback)
+        try:
+            yield
+        finally:
+            self._callbacks[event].remove(callback)
 
     def fire(self, event: str, context: CallbackContext) -> None:
         """Call every function of an event with `context`; an exception of a callback passes through."""
         context.user_state = self.user_state
         for callback in self._callbacks[event]:
             callback(context)
+
+    @staticmethod
+    def _require_known(event: str) -> None:
+        if event not in EVENTS:
+            raise ValueError(f"unknown callback event {event!r}; the events are {', '.join(EVENTS)}")

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bridge.training.callbacks import CheckpointKind
 from bridge.training.checkpointing.queue import SaveQueue
+from bridge.training.checkpointing.save_failures import SaveFailures
 
 if TYPE_CHECKING:
     from bridge.peft import PEFT
@@ -71,11 +73,17 @@ class GlobalState:
     tokenizer: Any | None = None
     async_calls_queue: SaveQueue | None = field(default_factory=SaveQueue)
     """Asynchronous saves under way on this rank, the same number on every rank."""
+    save_failures: SaveFailures = field(default_factory=SaveFailures)
+    """Saves that have failed in a row."""
     dataloader_state: DataloaderState | None = None
     """What the loaded checkpoint holds for this rank's data iterator, until the iterator takes it."""
     loaded_from: str | None = None
     """Directory of the checkpoint that this run started from; None for a fresh start."""
+    loaded_kind: CheckpointKind | None = None
+    """Of which kind that checkpoint is."""
     peft: PEFT | None = None
     """What the model was adapted by; from then on checkpoints hold its adapters only. None trains the whole model."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the last step measured, by name, on the ranks that know it; saved with a checkpoint, to choose the best."""
     base_checkpoint: str | None = None
     """Directory of the checkpoint that the model came from which `peft` adapted."""

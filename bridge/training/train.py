@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +17,16 @@ from bridge.training.callbacks import CallbackContext, CallbackManager
 from bridge.training.checkpointing import CheckpointSaveContext
 from bridge.training.config import ConfigContainer
 from bridge.training.data import IteratorBuilder, build_train_iterator
-from bridge.training.exit_conditions import ExitWatch, SignalFlag, decide_after_step, final_save_due
 from bridge.training.flops import add_flops
 from bridge.training.initialize import shut_down
 from bridge.training.metrics import MetricsFile, StepMetrics, log_step
 from bridge.training.optimizer import required_train_iters
 from bridge.training.rerun import Position, StepFailed, position_of
+from bridge.training.save_decisions import Decision, SaveDecisions, SaveKind, watched_signals
 from bridge.training.setup import Run, setup
+from bridge.training.signals import CaughtSignals
 from bridge.training.step import train_step
+from bridge.training.step_watch import StepWatch
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +67,19 @@ def pretrain(
     return outcome
 
 
-def train(run: Run) -> TrainOutcome:
+def train(run: Run, clock: Callable[[], float] = time.monotonic) -> TrainOutcome:
     """Run the iterations that are left, and finish every save. Collective over all ranks.
+
+    Args:
+        run: what `setup` made.
+        clock: tells what depends on minutes, in seconds; it never goes back.
 
     Raises:
         DataExhaustedError: the data ended before `train.train_iters`.
         CheckpointError: a save failed; on every rank.
     """
     try:
-        return _train(run)
+        return _train(run, clock)
     except BaseException:
         # A save under way cannot be finished without the other ranks, and its process should not go on alone.
         if run.state.async_calls_queue is not None:
@@ -80,45 +87,67 @@ def train(run: Run) -> TrainOutcome:
         raise
 
 
-def _train(run: Run) -> TrainOutcome:
-    progress = run.state.train_state
-    train_iters = required_train_iters(run.cfg)
-    first_step, last_saved, exit_reason, exit_code = progress.step, None, None, 0
-    if first_step >= train_iters:
-        logger.warning("train.train_iters (%d) was reached before: iteration %d is loaded", train_iters, first_step)
-    reruns = run.cfg.rerun_state_machine.rerun_mode != "disabled"
+def _train(run: Run, clock: Callable[[], float]) -> TrainOutcome:
+    cfg, progress = run.cfg, run.state.train_state
+    train_iters = required_train_iters(cfg)
+    if progress.step >= train_iters:
+        logger.warning("train.train_iters (%d) was reached before: iteration %d is loaded", train_iters, progress.step)
     run.callback_manager.fire("on_train_start", _callback_context(run))
-    with SignalFlag(run.cfg.train.exit_signal_handler) as flag, MetricsFile(_metrics_path(run)) as metrics_file:
-        watch = ExitWatch(run.cfg.train, flag)
-        while progress.step < train_iters and exit_reason is None:
-            run.manager.finalize_async_saves(run.state, blocking=False)
-            position = position_of(run.train_data_iterator) if reruns else None
-            failed = _iterate(run, metrics_file, train_iters)
-            if failed is not None:
-                exit_reason, exit_code = failed.reason, failed.exit_code
-                if failed.save and run.cfg.checkpoint.save is not None:
-                    _save(run, position)
-                break
-            signal_received, duration_exceeded = watch.agree()
-            decision = decide_after_step(
-                progress.step,
-                run.cfg.train,
-                run.cfg.checkpoint,
-                signal_received=signal_received,
-                duration_exceeded=duration_exceeded,
-            )
-            exit_reason = decision.exit_reason
-            if decision.save:
-                _save(run)
-                last_saved = progress.step
-        if exit_reason is None and final_save_due(progress.step, first_step, last_saved, run.cfg.checkpoint):
-            _save(run)
-        run.manager.finalize_async_saves(run.state, blocking=True, terminate=True)
+    with CaughtSignals(watched_signals(cfg.train, cfg.checkpoint)) as signals:
+        watch = StepWatch(cfg.train, cfg.checkpoint, signals, clock)
+        with (
+            MetricsFile(_metrics_path(run)) as metrics_file,
+            run.callback_manager.listening("on_checkpoint_save", watch.published),
+        ):
+            exit_reason, exit_code = _run_steps(run, train_iters, watch, metrics_file)
     run.callback_manager.fire("on_train_end", _callback_context(run))
     reached_end = progress.step >= train_iters
     reason = f"train.train_iters ({train_iters}) reached" if reached_end else str(exit_reason)
     logger.info("training ended after iteration %d: %s", progress.step, reason)
     return TrainOutcome(reached_end, reason, progress.step, exit_code)
+
+
+def _run_steps(run: Run, train_iters: int, watch: StepWatch, metrics_file: MetricsFile) -> tuple[str | None, int]:
+    """Iterate until something ends the run, and save what is due; return why it ended, and the status to exit with."""
+    progress = run.state.train_state
+    decisions = SaveDecisions.of(run.cfg.train, run.cfg.checkpoint, train_iters)
+    reruns = run.cfg.rerun_state_machine.rerun_mode != "disabled"
+    decision, position, exit_code = Decision(), None, 0
+    if run.state.loaded_kind == "in_memory":
+        # What was only in memory has survived one crash; it shall survive the machine's too.
+        _carry_out(run, Decision("persistent", "it was restored from memory"), watch)
+    while decision.exit_reason is None and progress.step < train_iters:
+        run.manager.finalize_async_saves(run.state, blocking=False)
+        position = position_of(run.train_data_iterator) if reruns else None
+        failed = _iterate(run, metrics_file, train_iters)
+        if failed is not None:
+            decision, exit_code = decisions.after_failed_step(failed.reason, failed.save), failed.exit_code
+            break
+        position = None
+        decision = decisions.after_step(watch.agree(progress.step))
+        if decision.exit_reason is None:
+            _carry_out(run, decision, watch)
+    _finish_saves(run, decision, watch, position)
+    return decision.exit_reason, exit_code
+
+
+def _finish_saves(run: Run, last: Decision, watch: StepWatch, position: Position | None) -> None:
+    """Make the run's last save, if there is one, and wait until all are published."""
+    _carry_out(run, last, watch, position)
+    run.manager.finalize_async_saves(run.state, blocking=True, terminate=True)
+
+
+def _carry_out(run: Run, decision: Decision, watch: StepWatch, position: Position | None = None) -> None:
+    """Save what was decided; with `position` for the data iterator, in place of where it is."""
+    if decision.save is None:
+        return
+    iteration = run.state.train_state.step
+    logger.info("saving a %s checkpoint of iteration %d: %s", decision.save, iteration, decision.why)
+    if decision.save == "persistent":
+        watch.saving(iteration)
+    _save(run, decision.save, position)
+    if decision.save == "persistent":
+        watch.saved()
 
 
 def _iterate(run: Run, metrics_file: MetricsFile, train_iters: int) -> StepFailed | None:
@@ -140,6 +169,9 @@ def _iterate(run: Run, metrics_file: MetricsFile, train_iters: int) -> StepFaile
     progress.floating_point_operations_so_far = add_flops(
         progress.floating_point_operations_so_far, batch_size * run.flops_per_sequence
     )
+    for name, value in (("loss", result.loss), ("grad_norm", result.grad_norm)):
+        if value is not None:
+            run.state.metrics[name] = value
     if _is_last_rank() and result.loss is not None:
         metrics = StepMetrics(
             iteration=progress.step,
@@ -157,8 +189,7 @@ def _iterate(run: Run, metrics_file: MetricsFile, train_iters: int) -> StepFaile
     return None
 
 
-def _save(run: Run, position: Position | None = None) -> None:
-    """Save; with `position` for the data iterator, in place of where it is."""
+def _save(run: Run, kind: SaveKind, position: Position | None) -> None:
     if run.cfg.ddp.overlap_param_gather:
         # The optimizer's new parameters may still be on their way to the other ranks.
         for chunk in run.model:
@@ -170,7 +201,7 @@ def _save(run: Run, position: Position | None = None) -> None:
         run.scheduler,
         run.state.train_state.floating_point_operations_so_far,
         train_data_iterator=run.train_data_iterator if position is None else position,
-        non_persistent_ckpt=False,
+        non_persistent_ckpt=kind == "non-persistent",
         pg_collection=run.pg_collection,
     )
     run.manager.save(context, run.callback_manager)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from tests.training.tiny import tiny_config
 
 SAVED_AT, CONTINUED_TO = 2, 4
 """Iterations: where the checkpoint is, and how far training goes on for the comparison of losses."""
+
+_CASES_PER_LAUNCH = 24
+"""Each case leaves threads of its gloo groups behind in its process; with hundreds of cases they take over."""
 
 _SIZES = {
     "TP": "tensor_model_parallel_size",
@@ -176,10 +180,10 @@ def save_all(wanted: list[Saved], root: Path) -> list[Outcome]:
     return [_save(saved, root) for saved in wanted]
 
 
-def load_all(cells: list[Cell], root: Path) -> list[Outcome]:
-    """Load each cell in this rank and train on; all have this world size. The outcomes are rank 0's."""
+def load_all(cells: list[tuple[int, Cell]], root: Path) -> list[Outcome]:
+    """Load each numbered cell in this rank and train on; all have this world size. The outcomes are rank 0's."""
     _start()
-    return [_load(cell, root, number) for number, cell in enumerate(cells)]
+    return [_load(cell, root, number) for number, cell in cells]
 
 
 def _start() -> None:
@@ -300,20 +304,27 @@ def run_matrix(cells: list[Cell], root: Path) -> list[str]:
     Raises:
         AssertionError: a cell loaded something else than what was saved, or went on with other losses.
     """
-    saved: dict[Saved, Outcome] = {}
     wanted = list(dict.fromkeys(cell.saved for cell in cells))
-    for world_size in sorted({each.layout.world_size for each in wanted}):
-        batch = [each for each in wanted if each.layout.world_size == world_size]
-        saved |= zip(batch, run_ranks(save_all, world_size, batch, root, timeout=60 + 10 * len(batch))[0], strict=True)
-    found: dict[int, str] = {}
-    for world_size in sorted({cell.layout.world_size for cell in cells}):
-        batch = [number for number, cell in enumerate(cells) if cell.layout.world_size == world_size]
-        loaded = run_ranks(
-            load_all, world_size, [cells[number] for number in batch], root, timeout=60 + 10 * len(batch)
-        )[0]
-        for number, outcome in zip(batch, loaded, strict=True):
-            found[number] = outcome.refusal or _require_equal(cells[number], saved[cells[number].saved], outcome)
-    return [found[number] for number in range(len(cells))]
+    saved = _by_world_size(save_all, wanted, [each.layout.world_size for each in wanted], root)
+    loaded = _by_world_size(load_all, list(enumerate(cells)), [cell.layout.world_size for cell in cells], root)
+    of_saved = dict(zip(wanted, saved, strict=True))
+    return [
+        outcome.refusal or _require_equal(cell, of_saved[cell.saved], outcome)
+        for cell, outcome in zip(cells, loaded, strict=True)
+    ]
+
+
+def _by_world_size(act: Callable[..., list[Outcome]], items: list[Any], sizes: list[int], root: Path) -> list[Outcome]:
+    """Each item's outcome, in order; items of one world size share a launch, up to a limit."""
+    outcomes: dict[int, Outcome] = {}
+    for world_size in sorted(set(sizes)):
+        positions = [position for position, size in enumerate(sizes) if size == world_size]
+        for first in range(0, len(positions), _CASES_PER_LAUNCH):
+            batch = positions[first : first + _CASES_PER_LAUNCH]
+            given = [items[position] for position in batch]
+            found = run_ranks(act, world_size, given, root, timeout=60 + 10 * len(batch))[0]
+            outcomes |= zip(batch, found, strict=True)
+    return [outcomes[position] for position in range(len(items))]
 
 
 def _require_equal(cell: Cell, saved: Outcome, loaded: Outcome) -> str:

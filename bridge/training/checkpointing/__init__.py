@@ -41,7 +41,10 @@ from bridge.training.checkpointing.errors import (
     CheckpointNotFoundError,
     CheckpointSaveError,
     DirectoryInUseError,
+    KeeperLostError,
+    MemoryLimitError,
     NotACheckpointError,
+    NotEnoughSpaceError,
     RankLostError,
 )
 from bridge.training.checkpointing.formats.fsdp_dtensor import (
@@ -53,6 +56,7 @@ from bridge.training.checkpointing.formats.fsdp_dtensor import (
     preprocess_fsdp_dtensor_state_dict,
     save_fsdp_dtensor_checkpoint,
 )
+from bridge.training.checkpointing.layout import NON_PERSISTENT_DIRECTORY as _NON_PERSISTENT_CKPT_SUBDIR
 from bridge.training.checkpointing.layout import TRACKER_PREFIX
 from bridge.training.checkpointing.loading import load_checkpoint
 from bridge.training.checkpointing.loading import load_checkpoint_from_path as _load_checkpoint_from_path
@@ -68,10 +72,8 @@ from bridge.training.checkpointing.queue import (
     maybe_finalize_async_save,
     schedule_async_save,
 )
-from bridge.training.checkpointing.retention import remove_old_checkpoints as cleanup_old_non_persistent_checkpoint
 from bridge.training.checkpointing.saving import save_checkpoint
 from bridge.training.checkpointing.stages import DIRECT_ITERATION_DIRECTORY as _DIRECT_ITERATION_DIR_SENTINEL
-from bridge.training.checkpointing.stages import NON_PERSISTENT_SUBDIRECTORY as _NON_PERSISTENT_CKPT_SUBDIR
 from bridge.training.checkpointing.stages import CheckpointType, init_checkpointing_context
 from bridge.training.checkpointing.stages import get_non_persistent_iteration as _get_non_persistent_iteration
 from bridge.training.checkpointing.stages import load_base_checkpoint as _load_base_checkpoint
@@ -85,6 +87,7 @@ from bridge.training.checkpointing.stages import (
     load_non_persistent_base_checkpoint as _load_non_persistent_base_checkpoint,
 )
 from bridge.training.checkpointing.stages import resolve_checkpoint_iteration as _resolve_checkpoint_iteration
+from bridge.training.checkpointing.sweeper import remove_old_checkpoints as cleanup_old_non_persistent_checkpoint
 
 logger = getLogger(__name__)
 
@@ -107,7 +110,10 @@ __all__ = [
     "CheckpointType",
     "DefaultCheckpointManager",
     "DirectoryInUseError",
+    "KeeperLostError",
+    "MemoryLimitError",
     "NotACheckpointError",
+    "NotEnoughSpaceError",
     "RankLostError",
     "_apply_glu_interleave_to_tensor_data",
     "_build_sharded_state_dict_metadata",

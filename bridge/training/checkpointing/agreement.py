@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from bridge.training.checkpointing.errors import ERRORS_BY_NAME, CheckpointError, RankLostError
+from bridge.training.checkpointing.errors import ERRORS_BY_NAME, CheckpointError, RankLostError, is_storage_failure
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -40,10 +40,11 @@ class Failure:
     rank: int
     kind: str
     message: str
+    in_storage: bool = False
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
-        return cls(rank, type(error).__name__, str(error))
+        return cls(rank, type(error).__name__, str(error), is_storage_failure(error))
 
     def text(self) -> str:
         """The message; errors that are not ours keep their type's name."""
@@ -109,7 +110,9 @@ class Ranks:
         if isinstance(message[0], Failure):
             failure = message[0]
             known = ERRORS_BY_NAME.get(failure.kind)
-            raise known(failure.message) if known else CheckpointError(f"{phase}: {failure.text()}") from error
+            agreed = known(failure.message) if known else CheckpointError(f"{phase}: {failure.text()}")
+            agreed.in_storage = failure.in_storage
+            raise agreed from error
         return message[0]  # type: ignore[no-any-return]
 
     def gather_all(self, phase: str, value: T) -> list[T]:
@@ -172,6 +175,12 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _combined(phase: str, failures: list[Failure], size: int) -> CheckpointError:
+    error = _worded(phase, failures, size)
+    error.in_storage = all(failure.in_storage for failure in failures)
+    return error
+
+
+def _worded(phase: str, failures: list[Failure], size: int) -> CheckpointError:
     known = ERRORS_BY_NAME.get(failures[0].kind)
     by_text: dict[str, list[int]] = {}
     for failure in failures:

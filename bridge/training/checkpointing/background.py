@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from typing import Any, Generic, NoReturn, TypeVar
 
-from bridge.training.checkpointing.errors import CheckpointSaveError
+from bridge.training.checkpointing.errors import CheckpointSaveError, storage_error
+from bridge.training.signals import leave_signals_to_parent
 
 T = TypeVar("T")
 
@@ -35,6 +36,14 @@ _STARTS = 4
 class _Raised:
     summary: str
     trace: str
+    storage: OSError | None
+    """What storage answered, if that was the reason."""
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Raised:
+        cause = storage_error(error)
+        storage = None if cause is None else OSError(cause.errno, cause.strerror or str(cause))
+        return cls(f"{type(error).__name__}: {error}", traceback.format_exc(), storage)
 
 
 class ForkedCall(Generic[T]):
@@ -115,6 +124,7 @@ class ForkedCall(Generic[T]):
         elif isinstance(outcome, _Raised):
             self._error = CheckpointSaveError(f"the process of {self.name} failed: {outcome.summary}")
             self._error.__cause__ = CheckpointSaveError(f"in process {self.pid}:\n{outcome.trace}")
+            self._error.__cause__.__cause__ = outcome.storage
         else:
             self._outcome = outcome
 
@@ -125,14 +135,13 @@ def _run_child(function: Callable[[], Any], sender: Any, parent: int) -> NoRetur
         sender.send_bytes(b"started")
         _die_with(parent)
         # A signal for the job is the trainer's to handle; it waits for this process to finish its save.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        leave_signals_to_parent()
         # The collector would touch, and so copy, pages that belong to the trainer, and could free its CUDA objects.
         gc.disable()
         try:
             outcome = function()
         except BaseException as error:
-            outcome = _Raised(f"{type(error).__name__}: {error}", traceback.format_exc())
+            outcome = _Raised.of(error)
         sender.send_bytes(pickle.dumps(outcome))
         status = 0
     except BaseException:

@@ -15,12 +15,21 @@ by `recover` before the next save. Only the one process that has claimed the dir
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bridge.training.checkpointing import ownership
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
-from bridge.training.checkpointing.files import delete_trash, discard, exchange, replace_file, sync_directory, sync_tree
+from bridge.training.checkpointing.files import (
+    delete_trash,
+    discard,
+    exchange,
+    move_to_trash,
+    replace_file,
+    sync_directory,
+    sync_tree,
+)
 from bridge.training.checkpointing.integrity import FileRecord, Manifest, find_damage, read_manifest, write_manifest
 from bridge.training.checkpointing.layout import (
     LEGACY_TRACKER,
@@ -32,6 +41,7 @@ from bridge.training.checkpointing.layout import (
     new_trash_name,
     staged_name,
 )
+from bridge.training.checkpointing.trash import trash_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +60,12 @@ def begin_staging(save_dir: Path, iteration: int) -> Path:
 def seal(staging: Path, manifest: Manifest) -> None:
     """Check that the staging directory holds exactly the manifest's files, then write the manifest.
 
+    It may be called again after it has failed.
+
     Raises:
         CheckpointSaveError: a file is missing, of another size, or not accounted for.
     """
+    (staging / MANIFEST).unlink(missing_ok=True)
     problems = find_damage(staging, manifest.files)
     expected = {record.name for record in manifest.files}
     found = {path.relative_to(staging).as_posix() for path in staging.rglob("*") if not path.is_dir()}
@@ -110,14 +123,16 @@ def abandon(staging: Path) -> None:
         logger.warning("could not remove the failed save in %s: %s", staging, error)
 
 
-def recover(save_dir: Path) -> None:
+def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) -> None:
     """Clean up after saves and deletions that a crash cut short.
 
-    Call it when no save is in progress, in the process that has claimed the directory.
+    Call it when no save is in progress, in the process that has claimed the directory. `delete` is given what is to
+    be deleted, under names that never count; by default it is deleted before this returns.
 
     A sealed staging directory whose `iter_N` is absent may be the second half of a replacement, so it is
     published rather than deleted; the trackers stay where they are. Everything else unfinished is deleted.
     """
+    trash: list[Path] = []
     for name in list_checkpoints(save_dir).leftovers:
         path = save_dir / name
         target = staged_name(name)
@@ -127,16 +142,23 @@ def recover(save_dir: Path) -> None:
             logger.warning("published %s, which a crash had left complete as %s", target, name)
         elif target is not None:
             logger.warning("removing %s: a save that did not finish", path)
-            abandon(path)
+            trash.append(move_to_trash(path))
+        elif path.is_dir() and not path.is_symlink():
+            trash.append(path)
         else:
             _delete(path)
+    if delete is not None:
+        delete(trash)
+        return
+    for path in trash:
+        _delete(path)
 
 
-def recover_once(save_dir: Path, context: dict[str, Any] | None) -> None:
+def recover_once(save_dir: Path, context: dict[str, Any] | None, setting: str = "checkpoint.save") -> None:
     """Make a save directory ready, unless the checkpointing context says that this process has done so before.
 
     It is made if need be, claimed for this process, cleaned by `recover`, and written to once: better to learn at
-    the start of a run than hours later that nothing can be saved.
+    the start of a run than hours later that nothing can be saved. `setting` is the one that names it, for messages.
 
     Raises:
         CheckpointSaveError: the directory cannot be made or written.
@@ -147,12 +169,12 @@ def recover_once(save_dir: Path, context: dict[str, Any] | None) -> None:
         return
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
-        ownership.claim(save_dir)
-        recover(save_dir)
+        ownership.claim(save_dir, setting)
+        recover(save_dir, None if context is None else trash_of(context).delete)
         begin_staging(save_dir, 0).rmdir()
     except OSError as error:
         raise CheckpointSaveError(
-            f"checkpoint.save: cannot save in {save_dir}: {_reason(save_dir, error)}; "
+            f"{setting}: cannot save in {save_dir}: {_reason(save_dir, error)}; "
             "name a directory that can be made and written"
         ) from error
     prepared.add(save_dir.resolve())

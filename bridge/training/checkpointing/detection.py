@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 
 from bridge.training.checkpointing.contents.run_config import read_run_config, value_at
@@ -22,6 +23,8 @@ from bridge.training.checkpointing.layout import (
 )
 
 FSDP_DTENSOR = "fsdp_dtensor"
+_LARGEST_TRACKER = 1 << 10
+"""Bytes."""
 
 
 def get_checkpoint_format(checkpoint_path: str | os.PathLike[str]) -> str:
@@ -104,6 +107,9 @@ def read_metadata(tracker_filename: str | os.PathLike[str]) -> tuple[int, bool]:
     """
     path = Path(tracker_filename)
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_TRACKER:  # reading a pipe would wait for ever
+            raise CheckpointDamagedError(f"{path} is not a readable tracker: it is no file of a few bytes")
         text = path.read_text(encoding="ascii").strip()
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"there is no tracker {path}") from error

@@ -6,6 +6,9 @@ from __future__ import annotations
 class CheckpointError(RuntimeError):
     """Base of everything that the checkpoint layer raises for a checkpoint's sake."""
 
+    in_storage: bool | None = None
+    """Of an error that the ranks have agreed on: whether it was storage that failed, on every rank that failed."""
+
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """The checkpoint that was asked for does not exist."""
@@ -34,6 +37,18 @@ class CheckpointSaveError(CheckpointError):
     """A save failed on at least one rank. Nothing was published, and older checkpoints are untouched."""
 
 
+class NotEnoughSpaceError(CheckpointSaveError):
+    """There is less free space than a save needs; it was not begun."""
+
+
+class MemoryLimitError(CheckpointSaveError):
+    """An in-memory checkpoint does not fit into the memory that it may take."""
+
+
+class KeeperLostError(CheckpointSaveError):
+    """The process that holds in-memory checkpoints died or does not answer."""
+
+
 class DirectoryInUseError(CheckpointError):
     """Another process saves in the directory."""
 
@@ -52,8 +67,26 @@ ERRORS_BY_NAME: dict[str, type[CheckpointError]] = {
         UnsafeCheckpointError,
         CheckpointMismatchError,
         CheckpointSaveError,
+        NotEnoughSpaceError,
+        MemoryLimitError,
+        KeeperLostError,
         DirectoryInUseError,
         RankLostError,
     )
 }
 """By class name, so that an error of one rank can be raised with the same type on every rank."""
+
+
+def storage_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error that `error` is or goes back to; None if it does not."""
+    while error is not None:
+        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+            return error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether storage failed, as opposed to a mistake in a program. The same on all ranks that agreed on `error`."""
+    agreed = error.in_storage if isinstance(error, CheckpointError) else None
+    return storage_error(error) is not None if agreed is None else agreed

@@ -79,13 +79,18 @@ def discard(path: Path) -> None:
 
     Killed half-way, it leaves a `.trash-` name, which never counts as a checkpoint.
     """
+    delete_trash(move_to_trash(path))
+
+
+def move_to_trash(path: Path) -> Path:
+    """Rename a directory (or file) out of sight; durable once its parent is synced. Returns its new path."""
     trash = path.parent / new_trash_name(path.name)
     path.rename(trash)
-    delete_trash(trash)
+    return trash
 
 
 def delete_trash(path: Path) -> None:
-    """Delete what `discard` has renamed; already gone is fine."""
+    """Delete what `move_to_trash` has renamed; already gone is fine."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

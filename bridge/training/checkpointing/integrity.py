@@ -8,6 +8,7 @@ do not match it has been damaged since.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -55,6 +56,10 @@ class Manifest:
     files: tuple[FileRecord, ...]
     """Every file except the manifest itself, by name."""
     format_version: int = field(default=FORMAT_VERSION)
+    created: float | None = None
+    """When the checkpoint was committed, Unix time in seconds; None in manifests that do not say."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the run measured in the step before the save, by name; finite numbers."""
 
     @property
     def total_bytes(self) -> int:
@@ -85,6 +90,7 @@ class Manifest:
         if content.get("checksum") != CHECKSUM:
             raise ValueError(f"its checksum is {content.get('checksum')!r}; this version of bridge reads {CHECKSUM!r}")
         files = _typed(content, "files", dict)
+        metrics = _typed({"metrics": {}} | content, "metrics", dict)
         return cls(
             iteration=_typed(content, "iteration", int),
             checkpoint_format=_typed(content, "checkpoint_format", str),
@@ -92,6 +98,8 @@ class Manifest:
             parallel_sizes=_typed(content, "parallel_sizes", dict),
             versions=_typed(content, "versions", dict),
             files=tuple(_file_record(name, entry) for name, entry in sorted(files.items())),
+            created=None if content.get("created") is None else _finite("created", content["created"]),
+            metrics={name: _finite(name, value) for name, value in metrics.items()},
         )
 
 
@@ -146,6 +154,12 @@ def _file_record(name: str, entry: Any) -> FileRecord:
     if not isinstance(entry, dict):
         raise ValueError(f"the entry of {name!r} is not an object")
     return FileRecord(name, _typed(entry, "size", int), _typed(entry, "checksum", str))
+
+
+def _finite(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"its {name!r} is {value!r}, not a finite number")
+    return float(value)
 
 
 def _typed(content: dict[str, Any], key: str, kind: type) -> Any:

@@ -6,7 +6,10 @@
   iter_0000010/                        a published checkpoint
   .saving-iter_0000020-3f9c12ab/       a save in progress, or the remains of a crash
   .trash-iter_0000010-77b0e1d4/        on its way out
+  non_persistent/                      global non-persistent checkpoints, in the same form
+  SAVE_NOW                             put there by somebody who wants a checkpoint now
   .bridge-writer                       locked by the run that saves here
+  .bridge-session                      what local and in-memory checkpoints of this run are known by
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ SAVING_PREFIX = ".saving-"
 TRASH_PREFIX = ".trash-"
 TEMPORARY_SUFFIX = ".bridge-tmp"
 WRITER = ".bridge-writer"
+SAVE_NOW = "SAVE_NOW"
 
 TRACKER_PREFIX = "latest"
 TRACKER = f"{TRACKER_PREFIX}_train_state.pt"
@@ -36,6 +40,7 @@ TRAIN_STATE = "train_state.pt"
 RUN_CONFIG = "run_config.yaml"
 TOKENIZER_DIRECTORY = "tokenizer"
 DATALOADER_DIRECTORY = "dataloader_state"
+NON_PERSISTENT_DIRECTORY = "non_persistent"
 
 _ITERATION_NAME = re.compile(rf"{ITERATION_PREFIX}(\d{{7,}})")
 _SAVING_NAME = re.compile(rf"{re.escape(SAVING_PREFIX)}({ITERATION_PREFIX}\d{{7,}})-[0-9a-f]+")
@@ -127,7 +132,8 @@ def list_checkpoints(path: Path, own_paths: Iterable[Path] = ()) -> Listing:
     iterations: list[int] = []
     leftovers: list[str] = []
     foreign: list[str] = []
-    known = {TRACKER, LEGACY_TRACKER, RELEASE, "lost+found"} | _entries_with(path, own_paths)
+    known = {TRACKER, LEGACY_TRACKER, RELEASE, SAVE_NOW, NON_PERSISTENT_DIRECTORY, "lost+found"}
+    known |= _entries_with(path, own_paths)
     for entry in entries:
         iteration = parse_iteration_name(entry.name)
         if iteration is not None:

@@ -10,15 +10,22 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.errors import CheckpointNotFoundError
-from bridge.training.checkpointing.layout import list_checkpoints
+from bridge.training.checkpointing.errors import (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+)
+from bridge.training.checkpointing.layout import list_checkpoints, parse_iteration_name
 from bridge.training.checkpointing.parallel import default_pg_collection
-from bridge.training.checkpointing.resolve import Source
+from bridge.training.checkpointing.plan import Saved
+from bridge.training.checkpointing.preparing import prepare
+from bridge.training.checkpointing.resolve import Persistent, Source, preference
 from bridge.training.checkpointing.restoring import LiveState, restore
 from bridge.training.checkpointing.safe_globals import allow
 from bridge.training.checkpointing.source import find_source
+from bridge.training.checkpointing.stored import DirectoryCheckpoint, StoredCheckpoint
+from bridge.training.checkpointing.tiers import NonPersistentTier
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +43,8 @@ def load_checkpoint(
 ) -> tuple[int, int]:
     """Load the checkpoint that `checkpoint.load` and `checkpoint.ckpt_step` name into the run.
 
+    Where `load` is the directory that the run saves in, its non-persistent checkpoints count too: the newest
+    complete one of all tiers is loaded, and one that turns out to be damaged is passed over for the next.
     Where `load` holds no checkpoint yet, `checkpoint.pretrained_checkpoint` gives the model, and only that.
     Without it training starts afresh, with a warning, unless `checkpoint.exit_on_missing_checkpoint` is set.
     The `save` directory is made ready first: made, claimed for this run, cleaned of what a crash left unfinished,
@@ -69,14 +78,14 @@ def load_checkpoint(
     live = LiveState(
         state, model, optimizer, opt_param_scheduler, pg_collection or default_pg_collection(), module_name
     )
-    if cfg.save is not None:
-        save_dir = Path(cfg.save).expanduser()
-        ranks.first("preparing checkpoint.save", lambda: commit.recover_once(save_dir, checkpointing_context))
-    source = ranks.first("looking for a checkpoint", lambda: _find(state.cfg))
-    if source is not None:
+    context = {} if checkpointing_context is None else checkpointing_context
+    tier = None if cfg.save is None else prepare(cfg, context, live.groups, len(model), ranks)
+    candidates = _candidates(state.cfg, _continued(cfg, tier), ranks)
+    if candidates:
+        stored, saved = _open_best(candidates, tier, ranks)
         model_only = "checkpoint.finetune is set" if cfg.finetune else ""
         return restore(
-            source, live, ranks, strict=strict, model_only=model_only, metadata_only=skip_load_to_model_and_opt
+            stored, saved, live, ranks, strict=strict, model_only=model_only, metadata_only=skip_load_to_model_and_opt
         )
     # With PEFT, setup has put the pretrained weights into the model before the adapters were added to it.
     if cfg.pretrained_checkpoint is not None and state.peft is None:
@@ -116,14 +125,21 @@ def load_checkpoint_from_path(
         state, model, optimizer, opt_param_scheduler, pg_collection or default_pg_collection(), module_name
     )
     cfg = state.cfg.checkpoint
+    allow(cfg.safe_globals)
     step = None if ignore_ckpt_step else cfg.ckpt_step
-    source = ranks.first(
-        "looking for a checkpoint", lambda: _require_source(Path(load_dir).expanduser(), step, "load_dir")
-    )
+    stored = _require_checkpoint("looking for a checkpoint", Path(load_dir).expanduser(), step, "load_dir", ranks)
     model_only = "only the model is taken from this path" if ignore_ckpt_step else ""
     if cfg.finetune:
         model_only = "checkpoint.finetune is set"
-    return restore(source, live, ranks, strict=strict, model_only=model_only, metadata_only=skip_load_to_model_and_opt)
+    return restore(
+        stored,
+        stored.describe(ranks),
+        live,
+        ranks,
+        strict=strict,
+        model_only=model_only,
+        metadata_only=skip_load_to_model_and_opt,
+    )
 
 
 def load_pretrained(
@@ -138,39 +154,104 @@ def load_pretrained(
         CheckpointNotFoundError: there is no checkpoint in it.
         CheckpointError: as `load_checkpoint`.
     """
+    allow(live.state.cfg.checkpoint.safe_globals)
     setting = "checkpoint.pretrained_checkpoint"
     path = Path(live.state.cfg.checkpoint.pretrained_checkpoint).expanduser()
-    source = ranks.first("looking for the pretrained checkpoint", lambda: _require_source(path, None, setting))
+    stored = _require_checkpoint("looking for the pretrained checkpoint", path, None, setting, ranks)
     return restore(
-        source, live, ranks, strict=strict, model_only="it is the pretrained checkpoint", metadata_only=metadata_only
+        stored,
+        stored.describe(ranks),
+        live,
+        ranks,
+        strict=strict,
+        model_only="it is the pretrained checkpoint",
+        metadata_only=metadata_only,
     )
 
 
-def _require_source(path: Path, ckpt_step: int | None, setting: str) -> Source:
-    source = find_source(path, ckpt_step, setting=setting)
-    if source is None:
-        raise CheckpointNotFoundError(f"{setting}: there is no checkpoint in {path}")
-    return source
+def _require_checkpoint(
+    phase: str, path: Path, ckpt_step: int | None, setting: str, ranks: Ranks
+) -> DirectoryCheckpoint:
+    def find() -> Source:
+        source = find_source(path, ckpt_step, setting=setting)
+        if source is None:
+            raise CheckpointNotFoundError(f"{setting}: there is no checkpoint in {path}")
+        return source
+
+    return DirectoryCheckpoint(ranks.first(phase, find))
 
 
-def _find(cfg: Any) -> Source | None:
-    """The checkpoint that `checkpoint.load` leads to, and a warning if the saves will fall among another run's."""
-    source = None
-    if cfg.checkpoint.load is not None:
-        own_paths = (cfg.checkpoint.save, cfg.logger.metrics_path, cfg.dataset.path_to_cache)
+def _continued(cfg: Any, tier: NonPersistentTier | None) -> NonPersistentTier | None:
+    """The tier, if its checkpoints belong to what `checkpoint.load` names: they are of the run that saves."""
+    if tier is None or cfg.load is None or cfg.finetune:
+        return None
+    same = Path(cfg.load).expanduser().resolve() == Path(cfg.save).expanduser().resolve()
+    return tier if same else None
+
+
+def _candidates(cfg: Any, tier: NonPersistentTier | None, ranks: Ranks) -> list[Source]:
+    """The checkpoints that `checkpoint.load` leads to, the best first; and what there is to warn of."""
+    offers = [] if tier is None else tier.offers(ranks)
+
+    def choose() -> list[Source]:
+        found = _find_persistent(cfg, required=tier is None)
+        candidates = preference(found, offers, cfg.checkpoint.ckpt_step if cfg.checkpoint.load else None)
+        if cfg.checkpoint.save is not None and not offers:
+            _warn_of_other_checkpoints(cfg.checkpoint, None if cfg.checkpoint.finetune else found.source)
+        return candidates
+
+    return ranks.first("looking for a checkpoint", choose)
+
+
+def _find_persistent(cfg: Any, *, required: bool) -> Persistent:
+    """The persistent checkpoint; that it is absent is only an error where no other tier can have it."""
+    if cfg.checkpoint.load is None:
+        return Persistent(None, 0)
+    own_paths = (
+        cfg.checkpoint.save,
+        cfg.checkpoint.non_persistent_global_ckpt_dir,
+        cfg.checkpoint.non_persistent_local_ckpt_dir,
+        cfg.logger.metrics_path,
+        cfg.dataset.path_to_cache,
+    )
+    load_dir = Path(cfg.checkpoint.load).expanduser()
+    try:
         source = find_source(
-            Path(cfg.checkpoint.load).expanduser(),
-            cfg.checkpoint.ckpt_step,
-            [Path(path).expanduser() for path in own_paths if path is not None],
+            load_dir, cfg.checkpoint.ckpt_step, [Path(path).expanduser() for path in own_paths if path is not None]
         )
-    if cfg.checkpoint.save is not None:
-        _warn_of_other_checkpoints(Path(cfg.checkpoint.save).expanduser(), None if cfg.checkpoint.finetune else source)
-    return source
+    except CheckpointNotFoundError as error:
+        if required:
+            raise
+        return Persistent(None, 0, str(error))
+    iteration = None if source is None else parse_iteration_name(source.path.name)
+    return Persistent(source, iteration or 0)
 
 
-def _warn_of_other_checkpoints(save_dir: Path, continued: Source | None) -> None:
+def _open_best(
+    candidates: list[Source], tier: NonPersistentTier | None, ranks: Ranks
+) -> tuple[StoredCheckpoint, Saved]:
+    """The best candidate that is sound and fits; the last one's problem is the run's."""
+    for number, source in enumerate(candidates, 1):
+        try:
+            if tier is None or source.kind == "persistent":
+                stored: StoredCheckpoint = DirectoryCheckpoint(source)
+            else:
+                stored = tier.open(source, ranks)
+            return stored, stored.describe(ranks)
+        except (CheckpointDamagedError, CheckpointMismatchError) as error:
+            if number == len(candidates):
+                raise
+            if ranks.is_first:
+                next_best = candidates[number].path
+                logger.warning("PASSING OVER THE NEWEST CHECKPOINT, going back to %s: %s", next_best, error)
+    raise CheckpointNotFoundError("there is no checkpoint to open")
+
+
+def _warn_of_other_checkpoints(cfg: Any, source: Source | None) -> None:
+    """Say so if the saves will fall among another run's."""
+    save_dir = Path(cfg.save).expanduser()
     iterations = list_checkpoints(save_dir).iterations
-    if not iterations or (continued is not None and continued.path.resolve().parent == save_dir.resolve()):
+    if not iterations or (source is not None and source.path.resolve().parent == save_dir.resolve()):
         return
     logger.warning(
         "SAVING AMONG THE CHECKPOINTS OF ANOTHER RUN: checkpoint.save (%s) already holds checkpoints, the newest of "

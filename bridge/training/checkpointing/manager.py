@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from bridge.training.callbacks import CallbackManager
+from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.loading import load_checkpoint
+from bridge.training.checkpointing.preparing import release
 from bridge.training.checkpointing.queue import maybe_finalize_async_save
 from bridge.training.checkpointing.saving import save_checkpoint
+from bridge.training.checkpointing.trash import trash_of
 
 _DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _METHODS = ("save", "load", "finalize_async_saves")
@@ -122,8 +125,15 @@ class DefaultCheckpointManager:
         )
 
     def finalize_async_saves(self, state: Any, blocking: bool = False, terminate: bool = False) -> None:
-        """Finish asynchronous saves; see `maybe_finalize_async_save`."""
+        """Finish asynchronous saves; see `maybe_finalize_async_save`.
+
+        With `terminate`, which ends a run in good order, the memory of its in-memory checkpoints is freed and the
+        deletion of old checkpoints waited for as well.
+        """
         maybe_finalize_async_save(state, self.checkpoint_config, blocking=blocking, terminate=terminate)
+        if terminate:
+            release(self._context, Ranks.current())
+            trash_of(self._context).finish()
 
 
 def create_checkpoint_manager(checkpoint_config: Any) -> CheckpointManager:

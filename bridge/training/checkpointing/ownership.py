@@ -42,14 +42,16 @@ _claims: dict[Path, _Claim] = {}
 """By resolved save directory. Descriptors stay open: a process that closes any of a file's loses its lock on it."""
 
 
-def claim(save_dir: Path) -> None:
+def claim(save_dir: Path, setting: str = "checkpoint.save", wait_seconds: float | None = None) -> None:
     """Make this process the only one that saves in `save_dir`, until it ends. Claiming again does nothing.
 
-    If another process has the directory, wait up to `WAIT_SECONDS` for it to end. On a file system without
+    If another process has the directory, wait up to `wait_seconds` for it to end. On a file system without
     locks, only a warning says that nothing is guarded.
 
     Args:
         save_dir: an existing directory.
+        setting: the one that names it, for messages.
+        wait_seconds: None is `WAIT_SECONDS`.
 
     Raises:
         DirectoryInUseError: another process still has it.
@@ -58,20 +60,21 @@ def claim(save_dir: Path) -> None:
     directory = save_dir.resolve()
     if _is_held(directory):
         return
-    deadline = time.monotonic() + WAIT_SECONDS
+    seconds = WAIT_SECONDS if wait_seconds is None else wait_seconds
+    deadline = time.monotonic() + seconds
     announced = False
     while not _try_claim(directory):
         if time.monotonic() >= deadline:
             raise DirectoryInUseError(
-                f"checkpoint.save: {save_dir} is in use by another run ({_owner(directory)}), and two runs cannot "
-                "save in one directory; stop that run, or set checkpoint.save to another directory"
+                f"{setting}: {save_dir} is in use by another run ({owner_of(directory)}), and two runs cannot "
+                f"save in one directory; stop that run, or set {setting} to another directory"
             )
         if not announced:
             logger.warning(
-                "waiting up to %g s for the run that saves in %s: %s", WAIT_SECONDS, save_dir, _owner(directory)
+                "waiting up to %g s for the run that saves in %s: %s", seconds, save_dir, owner_of(directory)
             )
             announced = True
-        time.sleep(min(_POLL_SECONDS, WAIT_SECONDS))
+        time.sleep(min(_POLL_SECONDS, seconds))
 
 
 def _is_held(directory: Path) -> bool:
@@ -124,7 +127,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _owner(directory: Path) -> str:
+def owner_of(directory: Path) -> str:
     """Who has the directory, for messages. The file is only a hint, so whatever it holds is no error."""
     try:
         owner = json.loads((directory / WRITER).read_bytes())

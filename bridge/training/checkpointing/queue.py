@@ -1,7 +1,8 @@
 """The queue of asynchronous saves: schedule, poll, finalize, and fail loudly.
 
 Saves are finalized in the order in which they were scheduled, on all ranks at the same point of the
-program, and only when every rank has written its part. A failure leaves the queue usable.
+program, and only when every rank has written its part. A failure leaves the queue usable; whether training
+goes on after it is decided by the failure policy.
 """
 
 from __future__ import annotations
@@ -16,14 +17,24 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.background import ForkedCall
-from bridge.training.checkpointing.errors import CheckpointSaveError
+from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError, RankLostError
+from bridge.training.checkpointing.failure_policy import FailurePolicy
 
 logger = logging.getLogger(__name__)
+
+Settle = Callable[[bool, CheckpointError | None], None]
+"""Told how a save ended: whether it is a persistent one, and why it failed, or None."""
+
+
+def _raise(persistent: bool, error: CheckpointError | None) -> None:
+    if error is not None:
+        raise error
 
 
 @dataclass
 class _Pending:
     label: str
+    persistent: bool
     call: ForkedCall[Any] | None
     request: AsyncRequest
     receive: Callable[[Any], None] | None
@@ -45,6 +56,7 @@ class SaveQueue:
         label: str = "asynchronous save",
         receive: Callable[[Any], None] | None = None,
         abandon: Callable[[], None] | None = None,
+        persistent: bool = True,
     ) -> None:
         """Start a request's function in a forked process and remember what finalizes it.
 
@@ -55,21 +67,25 @@ class SaveQueue:
             receive: called on this rank with the value that the forked function returned, before the
                 finalize functions.
             abandon: called on this rank when the save failed on any rank.
+            persistent: whether it is a persistent checkpoint, for the failure policy.
 
         Raises:
             CheckpointError: a rank could not start its process.
         """
         call = Ranks.current().run(f"starting the background writer of {label}", lambda: _start(request, label))
-        self._pending.append(_Pending(label, call, request, receive, abandon))
+        self._pending.append(_Pending(label, persistent, call, request, receive, abandon))
 
-    def finalize(self, blocking: bool = False) -> int:
+    def finalize(self, blocking: bool = False, settle: Settle = _raise) -> int:
         """Finalize the saves that all ranks have written, and return how many there were.
 
         Args:
             blocking: wait for every scheduled save. Otherwise stop at the first one that is still being written.
+            settle: told how each of them ended; by default it raises what one failed for, and then that save is
+                dropped and later ones stay queued. The same on every rank.
 
         Raises:
-            CheckpointError: a rank's write or finalization failed. That save is dropped; later ones stay queued.
+            RankLostError: a rank did not arrive.
+            CheckpointError: a rank's write or finalization failed, and `settle` raised it.
         """
         finalized = 0
         ranks = Ranks.current()
@@ -80,11 +96,15 @@ class SaveQueue:
             self._pending.popleft()
             try:
                 self._finish(head, ranks)
-            except BaseException:
+            except BaseException as error:
                 if head.abandon is not None:
                     head.abandon()
-                raise
-            finalized += 1
+                if not isinstance(error, CheckpointError) or isinstance(error, RankLostError):
+                    raise
+                settle(head.persistent, error)
+            else:
+                finalized += 1
+                settle(head.persistent, None)
         return finalized
 
     @staticmethod
@@ -148,21 +168,54 @@ def maybe_finalize_async_save(
         global_state: holds the queue.
         ckpt_cfg: checkpoint configuration; nothing happens without `async_save`.
         blocking: wait for all of them.
-        terminate: afterwards end what is left in the queue; use it with `blocking` at the end of a run.
+        terminate: this is the end of the run: afterwards end what is left in the queue. Use it with `blocking`.
 
     Raises:
-        CheckpointError: a save failed on some rank. Every rank raises, and the queue stays usable.
+        CheckpointError: a save failed on some rank, and the failure policy does not let that pass. Every rank
+            raises, and the queue stays usable. With `terminate` the failure of the last persistent save is
+            raised whatever the policy says, of a synchronous one too: no later save makes up for it.
     """
     queue = global_state.async_calls_queue
-    if not ckpt_cfg.async_save or queue is None:
-        return
-    if blocking and len(queue) and Ranks.current().is_first:
-        logger.info("waiting for %d asynchronous save(s) to finish", len(queue))
-    try:
-        queue.finalize(blocking=blocking)
-    finally:
-        if terminate:
-            queue.abort()
+    failed: CheckpointError | None = None
+    if ckpt_cfg.async_save and queue is not None:
+        if blocking and len(queue) and Ranks.current().is_first:
+            logger.info("waiting for %d asynchronous save(s) to finish", len(queue))
+        try:
+            failed = finish_saves(global_state, ckpt_cfg, blocking=blocking)
+        finally:
+            if terminate:
+                queue.abort()
+    if failed is None and terminate:
+        failed = global_state.save_failures.take_passed_over()
+    if failed is not None:
+        raise failed
+
+
+def finish_saves(global_state: Any, ckpt_cfg: Any, blocking: bool) -> CheckpointError | None:
+    """Finalize asynchronous saves and settle those that failed.
+
+    Args:
+        global_state: holds the queue and what is known of failed saves.
+        ckpt_cfg: checkpoint configuration, with the failure policy.
+        blocking: wait for all of them.
+
+    Returns:
+        The first failure that is to be raised; None if there is none.
+
+    Raises:
+        RankLostError: a rank did not arrive.
+    """
+    policy = FailurePolicy.of(ckpt_cfg)
+    failed: list[CheckpointError] = []
+
+    def settle(persistent: bool, error: CheckpointError | None) -> None:
+        if not global_state.save_failures.settle(persistent, error, policy) and error is not None:
+            failed.append(error)
+
+    queue_of(global_state).finalize(blocking, settle)
+    for error in failed[1:]:
+        logger.error("a further save failed: %s", error)
+    return failed[0] if failed else None
 
 
 def is_empty_async_queue(global_state: Any) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bridge.training.callbacks import CheckpointKind
 from bridge.training.checkpointing.errors import (
     CheckpointDamagedError,
     CheckpointMismatchError,
@@ -34,6 +35,70 @@ class Source:
     release: bool
     reason: str
     """Why this one, for the log."""
+    kind: CheckpointKind = "persistent"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A complete non-persistent checkpoint that a tier has."""
+
+    kind: CheckpointKind
+    iteration: int
+    path: Path
+    """Where it is; for messages where that is no directory."""
+
+
+@dataclass(frozen=True)
+class Persistent:
+    """What a look for a persistent checkpoint found."""
+
+    source: Source | None
+    iteration: int
+    """The source's; 0 for a release checkpoint."""
+    problem: str = ""
+    """With an explicit step: what to tell if no other tier has it either."""
+
+
+def preference(persistent: Persistent, offers: Iterable[Offer], ckpt_step: int | None) -> list[Source]:
+    """The checkpoints that a run may start from, the best first, over all tiers.
+
+    An explicit step admits no other iteration. Otherwise the newest complete checkpoint is the best. Among equal
+    iterations the persistent one is preferred, then that in memory, the local one, and the global non-persistent
+    one. The persistent checkpoint is the last resort: what is older than it is no candidate.
+
+    Args:
+        persistent: what the directory of persistent checkpoints gives.
+        offers: the complete checkpoints of the other tiers.
+        ckpt_step: `checkpoint.ckpt_step`.
+
+    Raises:
+        CheckpointNotFoundError: no tier has the explicit step.
+    """
+    offers = sorted(offers, key=lambda offer: (-offer.iteration, _SPEED.index(offer.kind)))
+    own = [] if persistent.source is None else [persistent.source]
+    if ckpt_step is not None:
+        reason = f"checkpoint.ckpt_step is {ckpt_step}"
+        named = own + [Source(o.path, False, reason, o.kind) for o in offers if o.iteration == ckpt_step]
+        if not named:
+            others = ", ".join(f"{o.iteration} ({NAMES[o.kind]})" for o in offers)
+            raise CheckpointNotFoundError(
+                persistent.problem + (f"; non-persistent checkpoints: {others}" if others else "")
+            )
+        return named[:1]
+    newer = [offer for offer in offers if persistent.source is None or offer.iteration > persistent.iteration]
+    return [Source(o.path, False, f"it is the newest complete {NAMES[o.kind]}", o.kind) for o in newer] + own
+
+
+_SPEED: tuple[CheckpointKind, ...] = ("persistent", "in_memory", "local", "non_persistent_global")
+"""Equal iterations in the order in which they are preferred."""
+
+NAMES: dict[CheckpointKind, str] = {
+    "persistent": "persistent checkpoint",
+    "in_memory": "checkpoint in memory",
+    "local": "local checkpoint",
+    "non_persistent_global": "global non-persistent checkpoint",
+}
+"""What messages call the kinds."""
 
 
 def resolve(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bridge.training.checkpointing.adapter_plan import adapters_of_run, other_base, require_adapters
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.contents.dataloader import read_dataloader_state
 from bridge.training.checkpointing.contents.glu import model_glu_sizes, require_same_optimizer_order
 from bridge.training.checkpointing.contents.main_params import load_main_params, with_full_precision
 from bridge.training.checkpointing.contents.model import load_model_state_dict
@@ -24,16 +24,12 @@ from bridge.training.checkpointing.contents.rerun import (
 )
 from bridge.training.checkpointing.contents.rng import reseed, rng_place, rng_template, set_rng_state
 from bridge.training.checkpointing.contents.state_dict import RNG, generate_state_dict
-from bridge.training.checkpointing.contents.train_state import read_train_state
 from bridge.training.checkpointing.contents.version import set_checkpoint_version
 from bridge.training.checkpointing.contents.vocabulary import vocabulary_size
-from bridge.training.checkpointing.formats import torch_dist
-from bridge.training.checkpointing.layout import TRAIN_STATE
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.plan import LoadPlan, Saved, Wanted, plan_load
-from bridge.training.checkpointing.resolve import Source
 from bridge.training.checkpointing.rng_plan import request_rng
-from bridge.training.checkpointing.source import describe
+from bridge.training.checkpointing.stored import StoredCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +48,8 @@ class LiveState:
 
 
 def restore(
-    source: Source,
+    stored: StoredCheckpoint,
+    saved: Saved,
     live: LiveState,
     ranks: Ranks,
     *,
@@ -63,7 +60,8 @@ def restore(
     """Restore what the checkpoint has, the run wants, and the layout allows; log what became of each part.
 
     Args:
-        source: the checkpoint.
+        stored: the checkpoint.
+        saved: what it said about itself.
         live: what to restore into.
         ranks: all ranks.
         strict: as in `torch.nn.Module.load_state_dict`.
@@ -77,16 +75,16 @@ def restore(
         CheckpointError: the checkpoint is damaged or does not fit. Every rank raises the same type.
     """
     begun = time.monotonic()
-    saved = ranks.first("examining the checkpoint", lambda: describe(source))
+    source = stored.source
     if ranks.is_first:
         logger.info("loading %s: %s", source.path, source.reason)
     wanted = _wanted(live, model_only)
-    plan = ranks.run("planning the load", lambda: _plan(source, saved, wanted))
+    plan = ranks.run("planning the load", lambda: _plan(source.path, saved, wanted))
     if metadata_only:
-        ranks.run("restoring the train state", lambda: _apply_train_state(source, saved, plan, live))
+        ranks.run("restoring the train state", lambda: _apply_train_state(stored, saved, plan, live))
     else:
-        _read_and_apply(source, saved, wanted, plan, live, ranks, strict)
-    live.state.loaded_from = str(source.path)
+        _read_and_apply(stored, saved, wanted, plan, live, ranks, strict)
+    live.state.loaded_from, live.state.loaded_kind = str(source.path), source.kind
     if ranks.is_first:
         seconds = time.monotonic() - begun
         logger.info("loaded iteration %d from %s in %.2f s", saved.iteration, source.path, seconds)
@@ -113,20 +111,26 @@ def _wanted(live: LiveState, model_only: str) -> Wanted:
     )
 
 
-def _plan(source: Source, saved: Saved, wanted: Wanted) -> LoadPlan:
-    require_adapters(source.path, saved.adapters, wanted.adapters)
+def _plan(path: Path, saved: Saved, wanted: Wanted) -> LoadPlan:
+    require_adapters(path, saved.adapters, wanted.adapters)
     if Ranks.current().is_first and (other := other_base(saved.adapters, wanted.adapters)):
         logger.warning(
             "ANOTHER BASE MODEL: the adapters in %s were trained on %s, which is not what "
             "checkpoint.pretrained_checkpoint gives now; name that one to go on with it",
-            source.path,
+            path,
             other,
         )
     return plan_load(saved, wanted)
 
 
 def _read_and_apply(
-    source: Source, saved: Saved, wanted: Wanted, plan: LoadPlan, live: LiveState, ranks: Ranks, strict: bool
+    stored: StoredCheckpoint,
+    saved: Saved,
+    wanted: Wanted,
+    plan: LoadPlan,
+    live: LiveState,
+    ranks: Ranks,
+    strict: bool,
 ) -> None:
     cfg = live.state.cfg.checkpoint
     request = request_rng(saved.rng, wanted.rng, rng_place(live.groups)) if plan.rng.restore else None
@@ -136,9 +140,8 @@ def _read_and_apply(
     restores_rerun = plan.rerun is not None and plan.rerun.restore
     if restores_rerun:
         template[RERUN] = rerun_template()
-    loaded = torch_dist.load(
+    loaded = stored.load(
         template,
-        source.path,
         ranks,
         strictness=cfg.dist_ckpt_strictness,
         parallelization_group=live.groups.dp_cp if cfg.fully_parallel_load else None,
@@ -148,13 +151,13 @@ def _read_and_apply(
 
     ranks.run(
         "applying the checkpoint",
-        lambda: _apply(loaded.state_dict, source, plan, live, strict=strict and not loaded.dropped),
+        lambda: _apply(loaded.state_dict, stored, plan, live, strict=strict and not loaded.dropped),
     )
     if live.optimizer is not None and plan.optimizer.restore:
         ranks.run("sharing the main parameters", lambda: share_main_params(live.optimizer))
 
     def apply_rest() -> None:
-        _apply_train_state(source, saved, plan, live)
+        _apply_train_state(stored, saved, plan, live)
         if restores_rerun:
             set_rerun_state(loaded.state_dict[RERUN])
         # Last: nothing after this may draw a random number.
@@ -166,7 +169,7 @@ def _read_and_apply(
 
     ranks.run("applying the checkpoint's counters and random states", apply_rest)
     if ranks.is_first:
-        logger.info("parts of %s:\n%s", source.path, plan.table())
+        logger.info("parts of %s:\n%s", stored.source.path, plan.table())
 
 
 def _template(saved: Saved, plan: LoadPlan, live: LiveState) -> dict[str, Any]:
@@ -190,10 +193,10 @@ def _template(saved: Saved, plan: LoadPlan, live: LiveState) -> dict[str, Any]:
     return template
 
 
-def _apply(loaded: dict[str, Any], source: Source, plan: LoadPlan, live: LiveState, *, strict: bool) -> None:
+def _apply(loaded: dict[str, Any], stored: StoredCheckpoint, plan: LoadPlan, live: LiveState, *, strict: bool) -> None:
     if plan.data_iterator.restore:
         data_parallel = live.groups.dp
-        live.state.dataloader_state = read_dataloader_state(source.path, data_parallel.rank(), data_parallel.size())
+        live.state.dataloader_state = stored.data_iterator_state(data_parallel.rank(), data_parallel.size())
     if "checkpoint_version" in loaded:
         set_checkpoint_version(loaded["checkpoint_version"])
     if live.state.peft is None:
@@ -212,11 +215,11 @@ def _apply(loaded: dict[str, Any], source: Source, plan: LoadPlan, live: LiveSta
         load_scheduler(live.scheduler, loaded)
 
 
-def _apply_train_state(source: Source, saved: Saved, plan: LoadPlan, live: LiveState) -> None:
+def _apply_train_state(stored: StoredCheckpoint, saved: Saved, plan: LoadPlan, live: LiveState) -> None:
     train_state = type(live.state.train_state)()
     if plan.train_state.restore:
         if saved.has_train_state:
-            train_state.load_state_dict(read_train_state(source.path / TRAIN_STATE))
+            train_state.load_state_dict(stored.train_state())
         else:
             train_state.load_state_dict(saved.counters)
         if saved.release:

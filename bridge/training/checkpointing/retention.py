@@ -1,77 +1,147 @@
-"""Which checkpoints may go, and their removal.
+"""Which checkpoints are kept: policies over iteration, time and metrics, and nothing but decisions.
 
-Deleting is the one thing here that can lose data, so the choice is a pure function, and a directory is
-first renamed out of sight: killed half-way, a deletion leaves a name that never counts as a checkpoint.
+Every policy names what it keeps, and a checkpoint stays if any of them, or anything outside them, wants it.
+They judge the checkpoints up to the one that the tracker names. Newer ones, which a rollback leaves behind, are
+always kept, and take no place from those of the run that goes on.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
-from collections.abc import Collection, Iterable
-from pathlib import Path
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from bridge.training.checkpointing.files import delete_trash, sync_directory
-from bridge.training.checkpointing.layout import iteration_name, list_checkpoints, new_trash_name
-from bridge.training.checkpointing.source import read_tracker
+if TYPE_CHECKING:
+    from bridge.training.config import CheckpointConfig
 
-logger = logging.getLogger(__name__)
+SECONDS_PER_HOUR = 3600.0
 
 
-def stale_iterations(iterations: Iterable[int], keep: int, protected: Collection[int] = ()) -> list[int]:
-    """The iterations that are not among the newest `keep` and not protected, ascending.
+@dataclass(frozen=True)
+class Entry:
+    """A committed checkpoint, as the policies see it."""
 
-    A protected iteration that is old does not take the place of a newer one.
+    iteration: int
+    created: float = 0.0
+    """Unix time in seconds, by the clock of whichever machine committed it."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the run measured in the step before the save."""
 
-    Raises:
-        ValueError: `keep` is less than 1; there is always a checkpoint to resume from.
+
+class Policy(Protocol):
+    """One reason to keep checkpoints."""
+
+    def keeps(self, entries: Sequence[Entry]) -> set[int]:
+        """The iterations to keep, of `entries` in ascending order.
+
+        What a policy has kept it keeps when the entries that it let go are no longer there, unless newer ones
+        take its place.
+        """
+
+
+@dataclass(frozen=True)
+class MostRecent:
+    """Keep the checkpoints with the highest iterations."""
+
+    count: int
+
+    def keeps(self, entries: Sequence[Entry]) -> set[int]:
+        return {entry.iteration for entry in entries[-self.count :]}
+
+
+@dataclass(frozen=True)
+class EveryIterations:
+    """Keep the multiples of an interval, for ever."""
+
+    interval: int
+
+    def keeps(self, entries: Sequence[Entry]) -> set[int]:
+        return {entry.iteration for entry in entries if entry.iteration % self.interval == 0}
+
+
+@dataclass(frozen=True)
+class EveryHours:
+    """Keep the first checkpoint of each span of time, for ever; a span begins with its first checkpoint.
+
+    Only how far apart two checkpoints are counts. So a clock that is set back, or a move to a machine whose clock
+    is behind, lengthens one span to less than twice its length or begins a new one, and nothing more.
     """
-    if keep < 1:
-        raise ValueError(f"the number of checkpoints to keep is {keep}; it must be at least 1")
-    ordered = sorted(set(iterations))
-    return [iteration for iteration in ordered[:-keep] if iteration not in protected]
+
+    hours: float
+
+    def keeps(self, entries: Sequence[Entry]) -> set[int]:
+        kept: set[int] = set()
+        begun = -math.inf
+        for entry in entries:
+            if abs(entry.created - begun) >= self.hours * SECONDS_PER_HOUR:
+                kept.add(entry.iteration)
+                begun = entry.created
+        return kept
 
 
-def remove_old_checkpoints(save_dir: str | os.PathLike[str], leave_ckpt_num: int = 1, do_async: bool = False) -> None:
-    """Keep the newest checkpoints of a directory and delete the others.
+@dataclass(frozen=True)
+class Best:
+    """Keep the checkpoints with the lowest ("min") or highest ("max") values of a metric; of equal ones the newest.
 
-    Only directories with exactly the name of an iteration count, directly in `save_dir`; the one that the tracker
-    names is kept whatever its number. When this returns, the others are out of sight.
+    A checkpoint without the metric is not among the best. While none has it, all are kept: a misspelt name, or a
+    metric that is yet to come, is no reason to delete anything.
+    """
+
+    count: int
+    metric: str
+    mode: Literal["min", "max"] = "min"
+
+    def keeps(self, entries: Sequence[Entry]) -> set[int]:
+        measured = [entry for entry in entries if self.metric in entry.metrics]
+        if not measured:
+            return {entry.iteration for entry in entries}
+        sign = 1.0 if self.mode == "max" else -1.0
+        measured.sort(key=lambda entry: (sign * entry.metrics[self.metric], entry.iteration))
+        return {entry.iteration for entry in measured[-self.count :]}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Keep named iterations."""
+
+    iterations: frozenset[int]
+
+    def keeps(self, entries: Sequence[Entry]) -> set[int]:
+        return {entry.iteration for entry in entries if entry.iteration in self.iterations}
+
+
+def policies_of(checkpoint_config: CheckpointConfig) -> tuple[Policy, ...]:
+    """The policies that a configuration asks for; none, which keeps everything, where no setting limits anything."""
+    cfg = checkpoint_config
+    policies: list[Policy] = []
+    if cfg.most_recent_k != -1:
+        policies.append(MostRecent(cfg.most_recent_k))
+    if cfg.save_retain_interval is not None:
+        policies.append(EveryIterations(cfg.save_retain_interval))
+    if cfg.retain_every_hours is not None:
+        policies.append(EveryHours(cfg.retain_every_hours))
+    if cfg.retain_best_k is not None and cfg.retain_best_metric is not None:
+        policies.append(Best(cfg.retain_best_k, cfg.retain_best_metric, cfg.retain_best_mode))
+    if policies and cfg.retain_iterations is not None:
+        # A list of exceptions limits nothing, so alone it is no reason to delete.
+        policies.append(Listed(frozenset(cfg.retain_iterations)))
+    return tuple(policies)
+
+
+def removable(
+    entries: Iterable[Entry], policies: Sequence[Policy], tracked: int, protected: Collection[int] = ()
+) -> list[int]:
+    """The iterations that nothing keeps, ascending.
 
     Args:
-        save_dir: directory of checkpoints; nothing happens if it does not exist.
-        leave_ckpt_num: how many to keep, at least 1.
-        do_async: delete what is out of sight in a background thread, which the process waits for at its end.
-
-    Raises:
-        ValueError: `leave_ckpt_num` is less than 1.
-        CheckpointDamagedError: the tracker is unreadable, so it is not known what to keep; nothing was deleted.
+        entries: the committed checkpoints of a directory.
+        policies: each keeps what it names; without any, everything is kept.
+        tracked: the iteration that the tracker names. It is kept, and so is everything newer.
+        protected: further iterations to keep. They take no place from those that a policy chooses.
     """
-    listing = list_checkpoints(Path(save_dir))
-    tracked = read_tracker(listing) if listing.exists else None
-    protected = () if tracked is None or tracked.release else (tracked.iteration,)
-    trash = []
-    for iteration in stale_iterations(listing.iterations, leave_ckpt_num, protected):
-        path = listing.path / iteration_name(iteration)
-        if path.is_symlink():
-            continue  # somebody put it there; what it points to is not ours to delete
-        target = path.with_name(new_trash_name(path.name))
-        path.rename(target)
-        logger.info("removing the old checkpoint %s", path)
-        trash.append(target)
-    if not trash:
-        return
-    sync_directory(listing.path)
-    if do_async:
-        threading.Thread(target=_delete, args=(trash,), name="remove_old_checkpoints").start()
-    else:
-        _delete(trash)
-
-
-def _delete(trash: list[Path]) -> None:
-    for path in trash:
-        try:
-            delete_trash(path)
-        except OSError as error:
-            logger.warning("could not delete %s (the next start tries again): %s", path, error)
+    if not policies:
+        return []
+    line = sorted((entry for entry in entries if entry.iteration <= tracked), key=lambda entry: entry.iteration)
+    kept = {tracked, *protected}.union(*(policy.keeps(line) for policy in policies))
+    return [entry.iteration for entry in line if entry.iteration not in kept]

@@ -1,4 +1,4 @@
-"""save_checkpoint: target → contents → write → commit.
+"""save_checkpoint: destination → contents → write → commit.
 
 Every phase is collective and ends in agreement, so a failure on one rank is the same error on all of
 them and nothing is published. An asynchronous save differs in two points only: the write runs in a
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,38 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from bridge.training.callbacks import CallbackContext, CallbackManager, CheckpointInfo
 from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.attempting import attempt
 from bridge.training.checkpointing.collecting import LiveObjects, collect
 from bridge.training.checkpointing.contents.extra_state import is_model_section
-from bridge.training.checkpointing.errors import CheckpointSaveError
+from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError
+from bridge.training.checkpointing.failure_policy import FailurePolicy
 from bridge.training.checkpointing.formats import torch_dist
 from bridge.training.checkpointing.parallel import Layout, default_pg_collection
-from bridge.training.checkpointing.queue import is_empty_async_queue, queue_of
-from bridge.training.checkpointing.transaction import Committed, Save, SaveTarget
+from bridge.training.checkpointing.preparing import prepare
+from bridge.training.checkpointing.queue import finish_saves, is_empty_async_queue, queue_of
+from bridge.training.checkpointing.resolve import NAMES
+from bridge.training.checkpointing.retention import MostRecent, policies_of
+from bridge.training.checkpointing.retrying import with_retries
+from bridge.training.checkpointing.room import (
+    require_recent_size,
+    require_snapshot_size,
+    require_state_size,
+    room_for,
+)
+from bridge.training.checkpointing.sweeper import needed_again, sweep_after_save
+from bridge.training.checkpointing.tiers import NonPersistentTier
+from bridge.training.checkpointing.tiers.global_directory import directory_of
+from bridge.training.checkpointing.tiers.rank_local import RankLocalTier, plan_rank_local_save
+from bridge.training.checkpointing.transaction import Committed, Save, SaveTarget, SaveTask
+from bridge.training.checkpointing.trash import trash_of
 
 logger = logging.getLogger(__name__)
 
 SAVE_STRATEGY = "save_strategy"
 """Key of the checkpointing context: the format's strategy, kept between saves."""
+
+SNAPSHOT_STRUCTURE = "local_checkpoint_cache"
+"""Key of the checkpointing context: how ranks share the state in local and in-memory checkpoints."""
 
 
 def save_checkpoint(
@@ -64,7 +85,7 @@ def save_checkpoint(
         checkpointing_context: kept by the caller between saves; holds the format's strategy.
         pipeline_rank: accepted for compatibility; the rank comes from `pg_collection`.
         tensor_rank: likewise.
-        non_persistent_ckpt: not available in this version.
+        non_persistent_ckpt: save to the tier that `checkpoint.non_persistent_ckpt_type` names instead.
         train_data_iterator: saved if it has a `save_state` method.
         preprocess_common_state_dict_fn: applied to the common state before it is compared between ranks.
         prebuilt_state_dict: used instead of generating the state dict, as `generate_state_dict` returns it; its
@@ -76,21 +97,21 @@ def save_checkpoint(
     Raises:
         ConfigError: the checkpoint settings contradict one another.
         CheckpointError: some rank failed. Every rank raises; nothing is published, older checkpoints are untouched.
+            With `checkpoint.on_save_failure: warn` most failures are logged and not raised. The failure of an
+            earlier asynchronous save is raised when this one is published.
     """
     del pipeline_rank, tensor_rank
     cfg = state.cfg.checkpoint
     cfg.check()
     if cfg.save is None:
         raise CheckpointSaveError("checkpoint.save is not set; name the directory to save checkpoints in")
-    if non_persistent_ckpt:
-        raise CheckpointSaveError("non-persistent checkpoints are not available in this version")
     started = time.monotonic()
     context = {} if checkpointing_context is None else checkpointing_context
     ranks = Ranks.current()
     groups = pg_collection or default_pg_collection()
-    _finish_earlier_saves(state)
-
-    target = SaveTarget(Path(cfg.save).expanduser(), state.train_state.step)
+    tier = prepare(cfg, context, groups, len(model), ranks)
+    target = _target(cfg, tier, state.train_state.step, non_persistent_ckpt)
+    earlier = _finish_earlier_saves(state) if target.kind != "in_memory" else None
     live = LiveObjects(
         state,
         model,
@@ -104,10 +125,74 @@ def save_checkpoint(
 
     def announce(committed: Committed) -> None:
         _announce(committed, state, model, optimizer, opt_param_scheduler, callback_manager)
+        ranks.first("removing older checkpoints", lambda: _retain(committed, state, context))
 
-    staging = ranks.first("making the staging directory", lambda: _begin(target, context))
+    options = _Options(cfg, context, groups, preprocess_common_state_dict_fn)
+
+    def save() -> None:
+        if tier is not None:
+            tier.forget_newer(target.iteration, ranks)
+        if isinstance(tier, RankLocalTier) and target.kind == tier.kind:
+            task = _plan_rank_local_save(target, tier, live, prebuilt_state_dict, options, ranks, announce, started)
+        else:
+            task = _plan_directory_save(target, live, prebuilt_state_dict, options, ranks, announce, started)
+        try:
+            _carry_out(task, state, ranks)
+        except BaseException:
+            task.abandon()
+            raise
+
+    background = _in_background(cfg, target)
+    attempt(save, state, persistent=not non_persistent_ckpt, background=background, earlier=earlier)
+
+
+def _target(cfg: Any, tier: NonPersistentTier | None, iteration: int, non_persistent: bool) -> SaveTarget:
+    """Where this save goes."""
+    if not non_persistent:
+        return SaveTarget(Path(cfg.save).expanduser(), iteration)
+    if tier is None:
+        raise CheckpointSaveError(
+            "a non-persistent save was asked for and checkpoint.non_persistent_ckpt_type is not set; "
+            "set it to 'global', 'local' or 'in_memory'"
+        )
+    directory = tier.store.snapshot_path(iteration).parent if isinstance(tier, RankLocalTier) else directory_of(cfg)
+    return SaveTarget(directory, iteration, tier.kind)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the caller and the configuration say about a save."""
+
+    cfg: Any
+    context: dict[str, Any]
+    groups: Any
+    preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None
+
+
+def _plan_directory_save(
+    target: SaveTarget,
+    live: LiveObjects,
+    prebuilt_state_dict: dict[str, Any] | None,
+    options: _Options,
+    ranks: Ranks,
+    announce: Callable[[Committed], None],
+    started: float,
+) -> SaveTask:
+    """Capture the state and plan its writing into a staging directory, which is removed if that fails."""
+    cfg, context, policy = options.cfg, options.context, FailurePolicy.of(options.cfg)
+    room = room_for(target, live.state, context)
+
+    def begin() -> tuple[Path, bool]:
+        is_checked = require_recent_size(room, target.iteration)
+        return commit.begin_staging(target.save_dir, target.iteration), is_checked
+
+    staging, room_is_checked = ranks.first(
+        "making the staging directory", lambda: with_retries("making the staging directory", begin, policy, rank=0)
+    )
     try:
         contents = collect(live, prebuilt_state_dict, ranks)
+        if not room_is_checked:
+            require_state_size(room, contents.state_dict, target.iteration, ranks)
         payload, context[SAVE_STRATEGY] = torch_dist.plan_save(
             contents.state_dict,
             staging,
@@ -115,54 +200,119 @@ def save_checkpoint(
             ranks,
             strategy=context.get(SAVE_STRATEGY),
             writers_per_rank=cfg.storage_writers_per_rank,
-            parallelization_group=groups.dp_cp if cfg.fully_parallel_save else None,
-            preprocess_common=preprocess_common_state_dict_fn,
+            parallelization_group=options.groups.dp_cp if cfg.fully_parallel_save else None,
+            preprocess_common=options.preprocess_common,
+            assume_constant_structure=cfg.ckpt_assume_constant_structure,
         )
-        layout = Layout.of(groups, _chunks_in(contents.state_dict))
-        save = Save(target, staging, payload, contents.sidecars, layout, announce, started)
-        _carry_out(save, state, ranks)
+        layout = Layout.of(options.groups, _chunks_in(contents.state_dict))
+        return Save(
+            target,
+            staging,
+            payload,
+            contents.sidecars,
+            layout,
+            announce,
+            started,
+            metrics=dict(live.state.metrics),
+            policy=policy,
+        )
     except BaseException:
         if ranks.is_first:
             commit.abandon(staging)
         raise
 
 
-def _carry_out(save: Save, state: Any, ranks: Ranks) -> None:
+def _plan_rank_local_save(
+    target: SaveTarget,
+    tier: RankLocalTier,
+    live: LiveObjects,
+    prebuilt_state_dict: dict[str, Any] | None,
+    options: _Options,
+    ranks: Ranks,
+    announce: Callable[[Committed], None],
+    started: float,
+) -> SaveTask:
+    """Capture the state as one snapshot a rank."""
+    contents = collect(live, prebuilt_state_dict, ranks)
+    save = plan_rank_local_save(
+        contents,
+        target,
+        tier.store,
+        ranks,
+        algo=options.cfg.non_persistent_local_ckpt_algo,
+        group=options.groups.dp_cp,
+        layout=Layout.of(options.groups, _chunks_in(contents.state_dict)),
+        announce=announce,
+        started=started,
+        structure=options.context.get(SNAPSHOT_STRUCTURE),
+    )
+    options.context[SNAPSHOT_STRUCTURE] = save.structure
+    require_snapshot_size(save, options.cfg, ranks)
+    return save
+
+
+def _carry_out(save: SaveTask, state: Any, ranks: Ranks) -> None:
     """Write and publish a planned save, or with `async_save` start the writing and leave the rest to the queue."""
-    label = f"the checkpoint of iteration {save.target.iteration}"
-    if not state.cfg.checkpoint.async_save:
-        save.accept(ranks.run(f"writing {label}", save.write))
+    label = f"the {NAMES[save.target.kind]} of iteration {save.target.iteration}"
+    policy = FailurePolicy.of(state.cfg.checkpoint)
+
+    def write() -> Any:
+        return with_retries(f"writing {label}", save.write, policy, ranks.rank)
+
+    if not _in_background(state.cfg.checkpoint, save.target):
+        save.accept(ranks.run(f"writing {label}", write))
         save.publish()
         return
-    request = AsyncRequest(save.write, (), [save.publish])
-    queue_of(state).schedule(request, label, receive=save.accept, abandon=save.abandon)
+    queue_of(state).schedule(
+        AsyncRequest(write, (), [save.publish]),
+        label,
+        receive=save.accept,
+        abandon=save.abandon,
+        persistent=save.target.kind == "persistent",
+    )
     if ranks.is_first:
         stall = time.monotonic() - save.started
         logger.info("capturing %s held up training for %.2f s; writing it in the background", label, stall)
 
 
-def _finish_earlier_saves(state: Any) -> None:
-    """One save at a time: the earlier one's checkpoint is published before the next is captured."""
+def _in_background(cfg: Any, target: SaveTarget) -> bool:
+    """Whether a save is written while training goes on."""
+    # Copying into memory is what a background writer would have to wait for, too.
+    return bool(cfg.async_save) and target.kind != "in_memory"
+
+
+def _finish_earlier_saves(state: Any) -> CheckpointError | None:
+    """One save at a time: the earlier one's checkpoint is published before the next is captured.
+
+    Returns:
+        Its failure, if that is to be raised.
+    """
     if is_empty_async_queue(state):
-        return
+        return None
     begun = time.monotonic()
-    state.async_calls_queue.finalize(blocking=True)
+    failed = finish_saves(state, state.cfg.checkpoint, blocking=True)
     waited = time.monotonic() - begun
     if waited > 0.1 and Ranks.current().is_first:
         logger.warning(
             "training waited %.1f s for the previous asynchronous save; raise checkpoint.save_interval or write faster",
             waited,
         )
-
-
-def _begin(target: SaveTarget, context: dict[str, Any]) -> Path:
-    commit.recover_once(target.save_dir, context)
-    return commit.begin_staging(target.save_dir, target.iteration)
+    return failed
 
 
 def _chunks_in(state_dict: dict[str, Any]) -> int:
     """Model chunks of this rank; counted in what is saved, because a prebuilt state dict may outlive its model."""
     return sum(1 for key in state_dict if is_model_section(key))
+
+
+def _retain(committed: Committed, state: Any, context: dict[str, Any]) -> None:
+    """Let older checkpoints go that nothing keeps. Rank 0; never raises, because the new one is published."""
+    cfg, trash = state.cfg.checkpoint, trash_of(context)
+    if committed.kind == "persistent":
+        in_use = needed_again(cfg, state.loaded_from, state.base_checkpoint)
+        sweep_after_save(committed.path.parent, committed.iteration, policies_of(cfg), trash, in_use)
+    elif committed.kind == "non_persistent_global":
+        sweep_after_save(committed.path.parent, committed.iteration, (MostRecent(1),), trash)
 
 
 def _announce(
@@ -176,7 +326,8 @@ def _announce(
     """Log and call back. The checkpoint is published: nothing that fails here may undo or hide that."""
     if Ranks.current().is_first:
         logger.info(
-            "saved the checkpoint of iteration %d to %s: %.1f MiB in %.2f s",
+            "saved the %s of iteration %d to %s: %.1f MiB in %.2f s",
+            NAMES[committed.kind],
             committed.iteration,
             committed.path,
             committed.total_bytes / 2**20,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.training.checkpointing.adapter_plan import saved_adapters
+from bridge.training.checkpointing.containment import require_contained
 from bridge.training.checkpointing.contents.dataloader import saved_data_parallel_size
 from bridge.training.checkpointing.contents.legacy import (
     ARGS,
@@ -117,16 +118,19 @@ def read_tracker(listing: Listing) -> Tracked | None:
 
 
 def require_whole(path: Path) -> Manifest | None:
-    """Check that a checkpoint has all its files in their sizes.
+    """Check that a checkpoint has all its files in their sizes, and nothing that leads out of it.
 
     Returns:
         Its manifest; None for a checkpoint that another program wrote.
 
     Raises:
+        UnsafeCheckpointError: a link leads out of the checkpoint.
         CheckpointDamagedError: files are missing or of another size.
         CheckpointMismatchError: the format is not one that this version reads.
         NotACheckpointError: the directory is no checkpoint at all.
     """
+    if path.is_dir():
+        require_contained(path)
     manifest = read_manifest(path)
     if manifest is not None:
         # Small files are checked to the last bit; reading every shard twice would cost as much as the load.

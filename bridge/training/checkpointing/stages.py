@@ -16,7 +16,6 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.contents.extra_state import delete_extra_state
 from bridge.training.checkpointing.contents.model import generate_model_state_dict, load_model_state_dict
 from bridge.training.checkpointing.errors import (
-    CheckpointError,
     CheckpointMismatchError,
     CheckpointNotFoundError,
 )
@@ -28,9 +27,13 @@ from bridge.training.checkpointing.layout import (
     list_checkpoints,
 )
 from bridge.training.checkpointing.parallel import default_pg_collection
+from bridge.training.checkpointing.preparing import LOCAL_MANAGER, prepare_directories, prepare_store
+from bridge.training.checkpointing.resolve import Source
+from bridge.training.checkpointing.safe_globals import allow
 from bridge.training.checkpointing.source import find_source, read_tracker, require_whole
+from bridge.training.checkpointing.tiers.availability import complete_iterations
+from bridge.training.checkpointing.tiers.rank_local import RankLocalTier
 
-NON_PERSISTENT_SUBDIRECTORY = "non_persistent"
 DIRECT_ITERATION_DIRECTORY = -2
 """Stands for the iteration where the path given is itself one checkpoint."""
 NOTHING_FOUND = -1
@@ -83,27 +86,22 @@ def get_non_persistent_iteration(
 
     Args:
         non_persistent_global_dir: their directory, for the type `global`.
-        non_persistent_ckpt_type: `global`, `local` or None.
-        checkpointing_context: holds the `local_checkpoint_manager`, for the type `local`.
+        non_persistent_ckpt_type: `global`, `local`, `in_memory` or None.
+        checkpointing_context: holds the `local_checkpoint_manager`, for the types `local` and `in_memory`.
 
     Raises:
-        CheckpointMismatchError: the type is another one, or the context has no manager for `local`.
+        CheckpointMismatchError: the type is another one, or the context has no manager.
     """
     if non_persistent_ckpt_type is None:
         return NOTHING_FOUND
     if non_persistent_ckpt_type == "global":
         tracked = read_tracker(list_checkpoints(Path(non_persistent_global_dir)))
         return NOTHING_FOUND if tracked is None else tracked.iteration
-    if non_persistent_ckpt_type == "local":
-        manager = (checkpointing_context or {}).get("local_checkpoint_manager")
-        if manager is None:
-            raise CheckpointMismatchError(
-                "checkpoint.non_persistent_ckpt_type is 'local' and the checkpointing context has no "
-                "local_checkpoint_manager; make the context with init_checkpointing_context"
-            )
-        return int(manager.find_latest())
+    if non_persistent_ckpt_type in ("local", "in_memory"):
+        store = _store_of(non_persistent_ckpt_type, checkpointing_context)
+        return max(complete_iterations(store, Ranks.current()), default=NOTHING_FOUND)
     raise CheckpointMismatchError(
-        f"checkpoint.non_persistent_ckpt_type: {non_persistent_ckpt_type!r} is neither 'global' nor 'local'"
+        f"checkpoint.non_persistent_ckpt_type: {non_persistent_ckpt_type!r} is none of 'global', 'local', 'in_memory'"
     )
 
 
@@ -141,6 +139,7 @@ def load_global_dist_base_checkpoint(
         CheckpointError: the checkpoint is absent, damaged, or does not fit.
     """
     del checkpointing_context, is_megatron_mimo
+    allow(getattr(ckpt_cfg, "safe_globals", None))
     if checkpoint_path_override is not None:
         path = Path(checkpoint_path_override)
     else:
@@ -237,7 +236,7 @@ def load_non_persistent_base_checkpoint(
     Args:
         non_persistent_global_dir: directory of the global ones.
         ckpt_cfg: checkpoint configuration; `non_persistent_ckpt_type` says which kind.
-        rank0: read only the common part, on the rank that calls it. Otherwise collective.
+        rank0: read only the common part; with `global` on the rank that calls it. Otherwise collective.
         sharded_state_dict: what to load; needed unless `rank0`.
         non_persistent_iteration: which iteration.
         checkpointing_context: kept between saves and loads.
@@ -247,10 +246,14 @@ def load_non_persistent_base_checkpoint(
         CheckpointMismatchError: the kind is not one that this version loads.
         CheckpointError: as `load_global_dist_base_checkpoint`.
     """
+    if ckpt_cfg.non_persistent_ckpt_type in ("local", "in_memory"):
+        return _load_snapshot(
+            ckpt_cfg, rank0, sharded_state_dict, non_persistent_iteration, checkpointing_context, pg_collection
+        )
     if ckpt_cfg.non_persistent_ckpt_type != "global":
         raise CheckpointMismatchError(
             f"checkpoint.non_persistent_ckpt_type: {ckpt_cfg.non_persistent_ckpt_type!r} cannot be loaded; "
-            "this version loads 'global'"
+            "set it to 'global', 'local' or 'in_memory'"
         )
     return load_global_dist_base_checkpoint(
         non_persistent_global_dir,
@@ -262,6 +265,43 @@ def load_non_persistent_base_checkpoint(
         checkpointing_context=checkpointing_context,
         pg_collection=pg_collection,
     )
+
+
+def _load_snapshot(
+    ckpt_cfg: Any,
+    rank0: bool,
+    sharded_state_dict: dict[str, Any] | None,
+    iteration: int,
+    context: dict[str, Any] | None,
+    groups: Any,
+) -> BaseCheckpoint:
+    ranks = Ranks.current()
+    store = _store_of(ckpt_cfg.non_persistent_ckpt_type, context)
+    tier = RankLocalTier(store, ckpt_cfg.non_persistent_ckpt_type, group=groups.dp_cp)
+    stored = tier.open(Source(store.snapshot_path(iteration), False, "it was asked for", tier.kind), ranks)
+    place = str(stored.source.path)
+    if rank0:
+        return stored.common(), place, False, CheckpointType.LOCAL
+    if sharded_state_dict is None:
+        raise CheckpointMismatchError("loading the sharded part needs sharded_state_dict, a template of what to load")
+    loaded = stored.load(
+        sharded_state_dict,
+        ranks,
+        strictness=ckpt_cfg.dist_ckpt_strictness,
+        parallelization_group=groups.dp_cp,
+        validate_access=True,
+    )
+    return loaded.state_dict, place, False, CheckpointType.LOCAL
+
+
+def _store_of(kind: str, context: dict[str, Any] | None) -> Any:
+    store = (context or {}).get(LOCAL_MANAGER)
+    if store is None:
+        raise CheckpointMismatchError(
+            f"checkpoint.non_persistent_ckpt_type is {kind!r} and the checkpointing context has no "
+            f"{LOCAL_MANAGER}; make the context with init_checkpointing_context"
+        )
+    return store
 
 
 def load_model_weights_from_checkpoint(
@@ -323,17 +363,21 @@ def load_model_weights_from_checkpoint(
 
 
 def init_checkpointing_context(checkpoint_config: Any) -> dict[str, Any]:
-    """The context that saves and loads of one process share.
+    """The context that saves and loads of one process share. Collective.
 
     Args:
         checkpoint_config: checkpoint configuration.
 
     Returns:
-        An empty dictionary.
+        A dictionary: empty, or with the `local_checkpoint_manager` of nvidia-resiliency-ext's kind where local or
+        in-memory checkpoints are configured.
 
     Raises:
-        CheckpointError: local checkpoints are configured, which this version does not have (a RuntimeError).
+        CheckpointError: nvidia-resiliency-ext is missing, or the directories cannot be used (a RuntimeError).
     """
-    if checkpoint_config.non_persistent_ckpt_type == "local":
-        raise CheckpointError("checkpoint.non_persistent_ckpt_type: 'local' is not available in this version")
-    return {}
+    context: dict[str, Any] = {}
+    if checkpoint_config.non_persistent_ckpt_type in ("local", "in_memory"):
+        checkpoint_config.check()
+        ranks = Ranks.current()
+        prepare_store(checkpoint_config, context, prepare_directories(checkpoint_config, context, ranks), ranks)
+    return context

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from megatron.core import __version__ as megatron_version
@@ -15,12 +16,16 @@ import bridge
 from bridge.training.callbacks import CheckpointKind
 from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.failure_policy import FailurePolicy
 from bridge.training.checkpointing.files import sync_directory, write_file
 from bridge.training.checkpointing.formats import PayloadWrite
 from bridge.training.checkpointing.integrity import FileRecord, Manifest
 from bridge.training.checkpointing.layout import TRAIN_STATE
 from bridge.training.checkpointing.parallel import Layout
+from bridge.training.checkpointing.retrying import with_retries
 from bridge.training.checkpointing.sidecar import Sidecar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class RankReport:
 
     files: list[FileRecord]
     result: Any
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What this rank had measured when the save began."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,30 @@ class Committed:
     """From the start of the save to its publication."""
 
 
+class SaveTask(Protocol):
+    """One planned save on this rank. `write` is local and may run in a forked process; the rest runs here."""
+
+    @property
+    def target(self) -> SaveTarget:
+        """Where it goes."""
+
+    @property
+    def started(self) -> float:
+        """When it began, by the monotonic clock."""
+
+    def write(self) -> Any:
+        """Write this rank's part and return a report of it; run again after a failure, it begins anew."""
+
+    def accept(self, report: Any) -> None:
+        """Take the report of this rank's write."""
+
+    def publish(self) -> None:
+        """Make the save a checkpoint; collective, called when every rank has written."""
+
+    def abandon(self) -> None:
+        """Remove what a failed save has written; local, and harmless where there is nothing."""
+
+
 @dataclass
 class Save:
     """One save on this rank, from the plan to the publication."""
@@ -73,6 +104,12 @@ class Save:
     layout: Layout
     announce: Callable[[Committed], None]
     started: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What this rank knows of the run's metrics; ranks that know nothing leave it empty."""
+    policy: FailurePolicy = field(default_factory=FailurePolicy)
+    """How often rank 0 tries a step of the commit again."""
+    world_size: int | None = field(default=None)
+    """Of the run that is saved; None: it is the one that saves."""
     report: RankReport | None = field(default=None)
 
     def write(self) -> RankReport:
@@ -81,10 +118,11 @@ class Save:
         for sidecar in (*self.payload.sidecars, *self.sidecars):
             path = self.staging / sidecar.name
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # of an earlier try
             write_file(path, sidecar.data)
             names = [*names, sidecar.name]
         sync_directory(self.staging)
-        return RankReport(commit.describe_files(self.staging, names), result)
+        return RankReport(commit.describe_files(self.staging, names), result, self.metrics)
 
     def accept(self, report: RankReport) -> None:
         """Take the report of this rank's write."""
@@ -104,20 +142,40 @@ class Save:
 
     def _commit(self, reports: list[RankReport | None]) -> Committed:
         written = [report for report in reports if report is not None]
-        added = self.payload.finish([report.result for report in written])
+        results = [report.result for report in written]
         records = [record for report in written for record in report.files]
-        records += commit.describe_files(self.staging, added)
+        records += self._retrying(
+            "completing the files", lambda: commit.describe_files(self.staging, self.payload.finish(results))
+        )
         manifest = Manifest(
             iteration=self.target.iteration,
             checkpoint_format=self.target.checkpoint_format,
-            world_size=len(reports),
+            world_size=len(reports) if self.world_size is None else self.world_size,
             parallel_sizes=self.layout.sizes(),
             versions={"bridge": bridge.__version__, "torch": torch.__version__, "megatron-core": megatron_version},
             files=tuple(sorted(records, key=lambda record: record.name)),
+            created=time.time(),
+            metrics=merged_metrics([report.metrics for report in written]),
         )
         train_state = (self.staging / TRAIN_STATE).read_bytes()
-        commit.seal(self.staging, manifest)
+        self._retrying("sealing the files", lambda: commit.seal(self.staging, manifest))
         path = commit.publish(self.staging, self.target.iteration)
-        commit.move_trackers(self.target.save_dir, self.target.iteration, train_state)
+        self._retrying(
+            "moving the trackers",
+            lambda: commit.move_trackers(self.target.save_dir, self.target.iteration, train_state),
+        )
         seconds = time.monotonic() - self.started
         return Committed(path, self.target.iteration, self.target.kind, manifest.total_bytes, seconds)
+
+    def _retrying(self, step: str, action: Callable[[], T]) -> T:
+        return with_retries(step, action, self.policy, rank=0)
+
+
+def merged_metrics(by_rank: list[dict[str, float]]) -> dict[str, float]:
+    """What all ranks know together: each metric from the lowest rank that has a finite value of it."""
+    merged: dict[str, float] = {}
+    for metrics in by_rank:
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                merged.setdefault(name, float(value))
+    return merged

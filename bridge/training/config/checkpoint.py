@@ -22,6 +22,12 @@ class CheckpointConfig:
     save_interval: int | None = None
     """Iterations between persistent saves. None saves at the end only, 0 not even then."""
 
+    save_interval_minutes: float | None = None
+    """Minutes of training after a persistent save until the next, by rank 0's clock. It adds to `save_interval`."""
+
+    save_signal: Literal["SIGUSR1", "SIGUSR2"] | None = None
+    """A signal upon which, received by any rank, a persistent checkpoint is saved after the running iteration."""
+
     save_optim: bool = True
     """Whether optimizer and parameter scheduler are saved."""
 
@@ -33,6 +39,21 @@ class CheckpointConfig:
 
     async_save: bool = False
     """Whether training goes on while a checkpoint is written. Needs `save` and the format `torch_dist`."""
+
+    on_save_failure: Literal["raise", "warn"] = "raise"
+    """What follows a failed save: `raise` ends the run with the error, `warn` logs it and lets training go on."""
+
+    max_save_failures: int = 3
+    """Saves that may fail one after the other under `on_save_failure` `warn`; the next failure is raised."""
+
+    save_retries: int = 3
+    """Further tries of a step of a save that failed in storage, unless the error is of a lasting kind."""
+
+    save_retry_seconds: float = 5.0
+    """Seconds before the first of these tries; the wait doubles with each."""
+
+    check_free_space: bool = True
+    """Whether a save is begun only where the file system has room for it."""
 
     load: str | None = None
     """Directory of checkpoints to start from: the base directory, not an `iter_N` inside it."""
@@ -88,7 +109,9 @@ class CheckpointConfig:
     """Whether data-parallel ranks share the reading and exchange what they read."""
 
     ckpt_assume_constant_structure: bool = False
-    """Whether a save may reuse the plan of the one before it."""
+    """Whether a save reuses the plan of the one before it, if what is saved has the same structure on all ranks.
+
+    That is checked at every save."""
 
     storage_writers_per_rank: int = 1
     """Files that each rank writes at the same time."""
@@ -97,7 +120,26 @@ class CheckpointConfig:
     """Whether a `fsdp_dtensor` checkpoint must hold everything that is requested."""
 
     most_recent_k: int = -1
-    """Checkpoints to keep, the newest first; -1 keeps all."""
+    """Checkpoints to keep, the newest first; -1 keeps all, unless another retention setting lets some go. What any
+    of the retention settings keeps stays, and the newest checkpoint always does."""
+
+    save_retain_interval: int | None = None
+    """Keep the checkpoints of every so many iterations for ever. A multiple of `save_interval`."""
+
+    retain_every_hours: float | None = None
+    """Keep the first checkpoint of every so many hours for ever."""
+
+    retain_best_k: int | None = None
+    """Checkpoints to keep that have the best values of `retain_best_metric`."""
+
+    retain_best_metric: str | None = None
+    """Metric that `retain_best_k` judges by: `loss`, `grad_norm`, or another that is in the run's state."""
+
+    retain_best_mode: Literal["min", "max"] = "min"
+    """Whether the lowest or the highest values of `retain_best_metric` are the best."""
+
+    retain_iterations: list[int] | None = None
+    """Iterations whose checkpoints are kept whatever the other retention settings let go."""
 
     non_persistent_save_interval: int | None = None
     """Iterations between non-persistent saves."""
@@ -113,6 +155,15 @@ class CheckpointConfig:
 
     non_persistent_local_ckpt_algo: Literal["fully_parallel", "atomic"] = "fully_parallel"
     """How the state is divided among ranks in local checkpoints."""
+
+    in_memory_limit_gib: float | None = None
+    """GiB of host memory that each rank's in-memory checkpoints may take: room for two, and for two more of every
+    rank whose copies it holds. None is half of what is available, divided among the ranks of the machine, when the
+    first is saved."""
+
+    in_memory_release_minutes: float = 60.0
+    """Minutes after which in-memory checkpoints are given up, and their memory with them, if the trainer is gone and
+    no other has come for them."""
 
     replication: bool = False
     """Whether local checkpoints are replicated to other ranks."""

@@ -16,6 +16,7 @@ from bridge.training.config.schema import (
 )
 
 if TYPE_CHECKING:
+    from bridge.training.config.checkpoint import CheckpointConfig
     from bridge.training.config.data import DatasetConfig, TokenizerConfig
     from bridge.training.config.model import GPTModelConfig
     from bridge.training.config.optimizer import (
@@ -230,6 +231,25 @@ def training_rules(train: TrainingConfig) -> Iterator[Violation]:
             ramp,
             f"does not reach global_batch_size {final} from {ramp[0]} in steps of {ramp[1]}",
             "choose a smaller start and an increment that divides the difference",
+        )
+
+
+def signal_rules(train: TrainingConfig, checkpoint: CheckpointConfig) -> Iterator[Violation]:
+    """One signal has one meaning."""
+    if not train.exit_signal_handler:
+        if train.exit_signal != "SIGTERM":
+            yield Violation(
+                "train.exit_signal",
+                train.exit_signal,
+                "has no effect without train.exit_signal_handler",
+                "set that to true, or leave this at 'SIGTERM'",
+            )
+    elif train.exit_signal == checkpoint.save_signal:
+        yield Violation(
+            "checkpoint.save_signal",
+            checkpoint.save_signal,
+            "is train.exit_signal too, which saves and stops",
+            "choose another signal for one of them",
         )
 
 

@@ -23,7 +23,10 @@ class TrainingConfig:
     """`[start, increment, samples]`: the global batch grows from `start` while `samples` are consumed."""
 
     exit_signal_handler: bool = False
-    """Whether SIGTERM ends training after the running iteration, with a checkpoint."""
+    """Whether `exit_signal`, received by any rank, ends training after the running iteration, with a checkpoint."""
+
+    exit_signal: Literal["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"] = "SIGTERM"
+    """The signal that `exit_signal_handler` answers."""
 
     exit_duration_in_mins: float | None = None
     """Minutes after which training saves and exits."""

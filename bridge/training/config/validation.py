@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.training.config import parallel_rules, rules
 from bridge.training.config.availability import NOT_AVAILABLE
-from bridge.training.config.checkpoint_rules import checkpoint_rules
+from bridge.training.config.checkpoint_rules import checkpoint_rules, replication_world_rules
 from bridge.training.config.peft import peft_rules
 from bridge.training.config.schema import (
     Mismatch,
@@ -36,6 +36,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("scheduler", "optimizer", "train"), rules.scheduler_rules),
     (("ddp", "optimizer"), rules.ddp_rules),
     (("train",), rules.training_rules),
+    (("train", "checkpoint"), rules.signal_rules),
     (("dataset",), rules.dataset_rules),
     (("tokenizer",), rules.tokenizer_rules),
     (("rng", "dist", "logger"), rules.run_rules),
@@ -73,6 +74,8 @@ def violations(config: ConfigContainer, world_size: int | None) -> list[str]:
             found += [violation for violation in broken if violation.setting not in refused]
     if world_size is not None and well_typed.keys() >= {"model", "train"}:
         found += parallel_rules.world_size_rules(config.model, config.train, world_size)
+    if world_size is not None and "checkpoint" in well_typed:
+        found += replication_world_rules(config.checkpoint, world_size)
     return [str(violation) for violation in found]
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from bridge.training.data.errors import DataExhaustedError, DatasetError, DataStateError
 from bridge.training.data.order import sample_order
+from bridge.training.signals import leave_signals_to_parent
 
 logger = logging.getLogger(__name__)
 
@@ -211,11 +212,17 @@ class TrainDataIterator(Iterator[Batch]):
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=self._num_workers,
+            worker_init_fn=_prepare_worker,
             # Without its own generator a loader draws a seed from the default one, which would shift the
             # model's dropout at every resume.
             generator=torch.Generator(),
         )
         return iter(loader)
+
+
+def _prepare_worker(_worker_id: int) -> None:
+    """Launchers send SIGTERM to the process groups of the ranks; the step under way still needs its data."""
+    leave_signals_to_parent()
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:

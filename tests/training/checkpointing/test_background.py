@@ -56,13 +56,20 @@ def test_the_call_sees_memory_as_it_was() -> None:
     assert call.result() == 1
 
 
-def test_the_signals_of_a_shutdown_do_not_end_it() -> None:
-    def survive() -> str:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        return "done"
+def test_signals_for_the_whole_job_neither_end_it_nor_reach_the_trainers_handlers() -> None:
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    handled: list[int] = []
 
-    assert ForkedCall(survive, "writer").result() == "done"
+    def survive() -> list[int]:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        return handled
+
+    previous = signal.signal(signal.SIGUSR1, lambda number, frame: handled.append(number))
+    try:
+        assert ForkedCall(survive, "writer").result() == []
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
 
 
 def test_it_dies_with_its_parent() -> None:

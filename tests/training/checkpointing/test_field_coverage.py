@@ -16,7 +16,7 @@ FIELDS = {field.name for field in fields(CheckpointConfig)}
 CARRIED_OUT = {name for name in FIELDS if f"checkpoint.{name}" not in NOT_AVAILABLE}
 
 
-def fields_read_by_a_run(**checkpoint: Any) -> set[str]:
+def fields_read_by_a_run(ranks: int = 1, **checkpoint: Any) -> set[str]:
     """Fields that code outside the configuration package reads; that package reads all of them, to check them."""
 
     def run() -> set[str]:
@@ -32,7 +32,7 @@ def fields_read_by_a_run(**checkpoint: Any) -> set[str]:
         run_to_end(tiny_config(train_iters=2, checkpoint=checkpoint))
         return read
 
-    return set(run_ranks(run, 1)[0])
+    return set().union(*run_ranks(run, ranks))
 
 
 def test_every_available_field_is_read_by_what_it_controls(tmp_path: Path) -> None:
@@ -43,4 +43,23 @@ def test_every_available_field_is_read_by_what_it_controls(tmp_path: Path) -> No
     read |= fields_read_by_a_run(load=str(tmp_path / "third"), pretrained_checkpoint=first)
     fourth = str(tmp_path / "fourth")
     read |= fields_read_by_a_run(load=fourth, save=fourth, dist_ckpt_optim_fully_reshardable=True)
+    read |= fields_read_by_a_run(
+        save=str(tmp_path / "fifth"),
+        save_interval=1,
+        most_recent_k=1,
+        retain_best_k=1,
+        retain_best_metric="loss",
+        retain_iterations=[1],
+        non_persistent_ckpt_type="global",
+        non_persistent_save_interval=1,
+    )
+    copied = {"replication": True, "replication_jump": 1, "non_persistent_save_interval": 1}
+    for kind in ("local", "in_memory"):
+        read |= fields_read_by_a_run(
+            2,
+            save=str(tmp_path / kind),
+            non_persistent_ckpt_type=kind,
+            non_persistent_local_ckpt_dir=str(tmp_path / "node"),
+            **copied,
+        )
     assert read >= CARRIED_OUT, sorted(CARRIED_OUT - read)

@@ -13,9 +13,11 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from bridge.training.checkpointing import is_empty_async_queue, maybe_finalize_async_save, schedule_async_save
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError
 from bridge.training.checkpointing.queue import SaveQueue
+from bridge.training.checkpointing.save_failures import SaveFailures
+from bridge.training.config import CheckpointConfig
 from tests.distributed.launch import init_ranks, run_ranks
 
-ASYNC = SimpleNamespace(async_save=True)
+ASYNC = CheckpointConfig(save="/nowhere", async_save=True)
 
 
 def error_of(action: Callable[[], Any]) -> tuple[str, str]:
@@ -30,7 +32,7 @@ def life_of_a_queue() -> dict[str, Any]:
     init_ranks()
     rank = dist.get_rank()
     queue = SaveQueue()
-    state = SimpleNamespace(async_calls_queue=queue)
+    state = SimpleNamespace(async_calls_queue=queue, save_failures=SaveFailures())
     seen: list[Any] = []
     facts: dict[str, Any] = {"empty at first": is_empty_async_queue(state)}
 
@@ -77,6 +79,14 @@ def life_of_a_queue() -> dict[str, Any]:
     facts["fast alone"] = queue.finalize()
     queue.finalize(blocking=True)
     facts["order"] = list(seen)
+
+    # A failure that may pass stops no save behind it, and is told to whoever settles it.
+    seen.clear()
+    settled: list[tuple[bool, str]] = []
+    queue.schedule(AsyncRequest(lambda: os._exit(9) if rank == 1 else None, (), []), "lost", persistent=False)
+    queue.schedule(AsyncRequest(lambda: None, (), [lambda: seen.append("behind it")]), "next")
+    count = queue.finalize(True, lambda persistent, error: settled.append((persistent, type(error).__name__)))
+    facts["settled"] = (count, settled, list(seen))
     return facts
 
 
@@ -101,6 +111,7 @@ def test_the_queue_finalizes_in_order_and_fails_on_all_ranks() -> None:
             "after finalize failure": ([], True),
             "fast alone": 0,
             "order": ["slow", "fast"],
+            "settled": (1, [(False, "CheckpointSaveError"), (True, "NoneType")], ["behind it"]),
         }
 
 

@@ -1,75 +1,144 @@
-"""What may be deleted, as a property and on a real directory."""
+"""Which checkpoints are kept: tables of entries and settings, with the exact set that stays."""
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.training.checkpointing import CheckpointDamagedError, cleanup_old_non_persistent_checkpoint
-from bridge.training.checkpointing.commit import move_trackers
-from bridge.training.checkpointing.contents.train_state import train_state_sidecar
-from bridge.training.checkpointing.retention import stale_iterations
-from bridge.training.state import TrainState
+from bridge.training.checkpointing.retention import (
+    Best,
+    Entry,
+    EveryHours,
+    EveryIterations,
+    Listed,
+    MostRecent,
+    Policy,
+    policies_of,
+    removable,
+)
+from bridge.training.config import CheckpointConfig
 
 
-@given(st.sets(st.integers(0, 50)), st.integers(1, 10), st.sets(st.integers(0, 50)))
-def test_the_newest_and_the_protected_are_never_stale(iterations: set[int], keep: int, protected: set[int]) -> None:
-    stale = stale_iterations(iterations, keep, protected)
-    kept = iterations - set(stale)
-    assert set(stale) <= iterations
-    assert not protected & set(stale)
-    assert set(sorted(iterations)[-keep:]) <= kept
-    assert kept <= set(sorted(iterations)[-keep:]) | protected
+def entries(*iterations: int) -> list[Entry]:
+    return [Entry(iteration) for iteration in iterations]
 
 
-def directory_of(tmp_path: Path, *iterations: int, tracked: int) -> Path:
-    for iteration in iterations:
-        (tmp_path / f"iter_{iteration:07d}" / "sub").mkdir(parents=True)
-        (tmp_path / f"iter_{iteration:07d}" / "sub" / "file").touch()
-    move_trackers(tmp_path, tracked, train_state_sidecar(TrainState(step=tracked), 0).data)
-    return tmp_path
+def by_hour(*hours: float) -> list[Entry]:
+    """Iterations 1, 2, … that were committed at these hours."""
+    return [Entry(number, hour * 3600) for number, hour in enumerate(hours, 1)]
 
 
-def names(path: Path) -> set[str]:
-    return {entry.name for entry in path.iterdir() if not entry.name.startswith("latest_")}
+def by_loss(*losses: float | None) -> list[Entry]:
+    """Iterations 1, 2, … with these losses; None was not measured."""
+    return [Entry(number, 0.0, {} if loss is None else {"loss": loss}) for number, loss in enumerate(losses, 1)]
 
 
-@pytest.mark.parametrize("do_async", [False, True])
-def test_only_old_iterations_go(tmp_path: Path, do_async: bool) -> None:
-    save = directory_of(tmp_path, 100, 200, 300, 400, tracked=400)
-    for other in ("iter_best", "iter_0000100_bak", "release", "non_persistent/iter_0000001"):
-        (save / other).mkdir(parents=True)
-    cleanup_old_non_persistent_checkpoint(str(save), leave_ckpt_num=2, do_async=do_async)
-    visible = {name for name in names(save) if not name.startswith(".trash-")}
-    assert visible == {
-        *("iter_0000300", "iter_0000400"),
-        *("iter_best", "iter_0000100_bak", "release", "non_persistent"),
-    }
-    assert (save / "non_persistent" / "iter_0000001").exists()
+@pytest.mark.parametrize(
+    ("policy", "present", "kept"),
+    [
+        (MostRecent(1), entries(), set()),
+        (MostRecent(1), entries(10, 20, 30), {30}),
+        (MostRecent(2), entries(10, 20, 30), {20, 30}),
+        (MostRecent(9), entries(10, 20, 30), {10, 20, 30}),
+        (EveryIterations(20), entries(0, 10, 20, 30, 40), {0, 20, 40}),
+        (EveryIterations(7), entries(10, 20), set()),
+        (EveryHours(2), by_hour(0, 1, 1.9, 2, 3, 4.5, 6, 6.5), {1, 4, 6, 8}),
+        (EveryHours(2), by_hour(5), {1}),
+        # The clock is set back by less than a span, by more, and forward.
+        (EveryHours(4), by_hour(10, 11, 9, 10, 13.5, 14), {1, 6}),
+        (EveryHours(4), by_hour(10, 11, 2, 3, 5, 6.5), {1, 3, 6}),
+        (EveryHours(4), by_hour(10, 1e6, 1e6 + 1, 12, 13), {1, 2, 4}),
+        (Best(1, "loss"), by_loss(3, 1, 2), {2}),
+        (Best(2, "loss"), by_loss(3, 1, 2), {2, 3}),
+        (Best(2, "loss", "max"), by_loss(3, 1, 2), {1, 3}),
+        (Best(1, "loss"), by_loss(1, 1, 2), {2}),
+        (Best(1, "loss", "max"), by_loss(2, 2, 1), {2}),
+        (Best(2, "loss"), by_loss(None, 5, None, 4, None), {2, 4}),
+        (Best(1, "perplexity"), by_loss(3, 1, 2), {1, 2, 3}),
+        (Listed(frozenset({20, 50})), entries(10, 20, 30), {20}),
+    ],
+)
+def test_what_a_policy_keeps(policy: Policy, present: list[Entry], kept: set[int]) -> None:
+    assert policy.keeps(present) == kept
 
 
-def test_after_a_rollback_the_trackers_target_stays_although_newer_ones_exist(tmp_path: Path) -> None:
-    save = directory_of(tmp_path, 1500, 2000, 3000, tracked=1500)
-    cleanup_old_non_persistent_checkpoint(str(save), leave_ckpt_num=1)
-    assert names(save) == {"iter_0001500", "iter_0003000"}
+@pytest.mark.parametrize(
+    ("settings", "policies"),
+    [
+        ({}, ()),
+        ({"most_recent_k": 3}, (MostRecent(3),)),
+        ({"save_retain_interval": 100}, (EveryIterations(100),)),
+        ({"retain_every_hours": 2.0}, (EveryHours(2.0),)),
+        ({"retain_best_k": 2, "retain_best_metric": "loss"}, (Best(2, "loss", "min"),)),
+        (
+            {"retain_best_k": 2, "retain_best_metric": "accuracy", "retain_best_mode": "max"},
+            (Best(2, "accuracy", "max"),),
+        ),
+        ({"most_recent_k": 1, "retain_iterations": [5, 7]}, (MostRecent(1), Listed(frozenset({5, 7})))),
+        ({"retain_iterations": [5]}, ()),
+        (
+            {"most_recent_k": 1, "save_retain_interval": 100, "retain_every_hours": 2.0},
+            (MostRecent(1), EveryIterations(100), EveryHours(2.0)),
+        ),
+    ],
+)
+def test_the_settings_that_make_policies(settings: dict[str, Any], policies: tuple[Policy, ...]) -> None:
+    assert policies_of(CheckpointConfig(**settings)) == policies
 
 
-def test_none_to_keep_is_refused_and_an_unreadable_tracker_deletes_nothing(tmp_path: Path) -> None:
-    save = directory_of(tmp_path, 1, 2, 3, tracked=3)
-    with pytest.raises(ValueError, match="the number of checkpoints to keep is 0; it must be at least 1"):
-        cleanup_old_non_persistent_checkpoint(str(save), leave_ckpt_num=0)
-    (save / "latest_train_state.pt").write_bytes(b"torn")
-    with pytest.raises(CheckpointDamagedError):
-        cleanup_old_non_persistent_checkpoint(str(save), leave_ckpt_num=1)
-    assert names(save) == {"iter_0000001", "iter_0000002", "iter_0000003"}
+@pytest.mark.parametrize(
+    ("present", "policies", "tracked", "protected", "removed"),
+    [
+        # Nothing is asked for: everything stays.
+        ((10, 20, 30), [], 30, (), []),
+        ((10, 20, 30), [MostRecent(1)], 30, (), [10, 20]),
+        # Any policy is enough.
+        ((10, 20, 30, 40), [MostRecent(1), EveryIterations(20)], 40, (), [10, 30]),
+        # As in Megatron-LM, an interval keeps its multiples and the last.
+        ((10, 20, 30, 50), [EveryIterations(20)], 50, (), [10, 30]),
+        ((10, 20, 30), [Listed(frozenset({99}))], 30, (), [10, 20]),
+        # A protected one takes no place from those that a policy chooses.
+        ((10, 20, 30), [MostRecent(2)], 30, (10,), []),
+        ((10, 20, 30, 40), [MostRecent(2)], 40, (10,), [20]),
+        # After a rollback to 1000: what is newer than the tracker's target stays, and takes no place either.
+        ((2000, 3000, 1500), [MostRecent(1)], 1500, (1500,), []),
+        ((1000, 1500, 1600, 2000, 3000), [MostRecent(2)], 1600, (1600,), [1000]),
+        # Once the run has passed them, they are like any other.
+        ((1500, 2000, 3000, 3100), [MostRecent(1)], 3100, (3100,), [1500, 2000, 3000]),
+        # The checkpoint just saved is older than the one that the tracker names.
+        ((10, 20, 30), [MostRecent(1)], 30, (10,), [20]),
+    ],
+)
+def test_what_is_removed(
+    present: tuple[int, ...], policies: list[Policy], tracked: int, protected: tuple[int, ...], removed: list[int]
+) -> None:
+    assert removable(entries(*present), policies, tracked, protected) == removed
 
 
-def test_a_link_and_an_absent_directory_are_left_alone(tmp_path: Path) -> None:
-    save = directory_of(tmp_path / "save", 2, 3, tracked=3)
-    (tmp_path / "elsewhere").mkdir()
-    (save / "iter_0000001").symlink_to(tmp_path / "elsewhere")
-    cleanup_old_non_persistent_checkpoint(str(save), leave_ckpt_num=1)
-    assert names(save) == {"iter_0000001", "iter_0000003"}
-    assert (tmp_path / "elsewhere").exists()
-    cleanup_old_non_persistent_checkpoint(str(tmp_path / "absent"))
+POLICIES = st.lists(
+    st.one_of(
+        st.builds(MostRecent, st.integers(1, 4)),
+        st.builds(EveryIterations, st.integers(1, 5)),
+        st.builds(EveryHours, st.sampled_from([1.0, 2.5])),
+        st.builds(Best, st.integers(1, 3), st.just("loss"), st.sampled_from(["min", "max"])),
+        st.builds(Listed, st.frozensets(st.integers(0, 12), max_size=3)),
+    ),
+    max_size=3,
+)
+ENTRIES = st.dictionaries(
+    st.integers(0, 12),
+    st.tuples(st.floats(-1e5, 1e5), st.dictionaries(st.just("loss"), st.sampled_from([1.0, 2.0, 3.0]))),
+).map(lambda found: [Entry(iteration, *about) for iteration, about in found.items()])
+
+
+@given(ENTRIES, POLICIES, st.integers(0, 12), st.sets(st.integers(0, 12)))
+def test_a_second_sweep_finds_nothing_more(
+    present: list[Entry], policies: list[Policy], tracked: int, protected: set[int]
+) -> None:
+    """What is kept is kept for a reason that does not depend on what was deleted beside it."""
+    removed = set(removable(present, policies, tracked, protected))
+    assert not removed & ({tracked} | protected)
+    assert all(iteration < tracked for iteration in removed)
+    left = [entry for entry in present if entry.iteration not in removed]
+    assert removable(left, policies, tracked, protected) == []

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.utils import unwrap_model
 
 from bridge.training import checkpointing as ck
 from bridge.training.checkpointing.contents.model import generate_model_state_dict
 from bridge.training.config import CheckpointConfig
 from bridge.training.setup import Run, setup
+from bridge.training.train import train
 from tests.distributed.launch import run_ranks
 from tests.training.tiny import digests, run_to_end, tiny_config
 
@@ -48,18 +49,49 @@ def test_the_non_persistent_iteration_comes_from_the_tier(saved: Path, tmp_path:
     assert newest(str(saved)) == -1
     assert newest(str(saved), "global") == 4
     assert newest(str(tmp_path), "global") == -1
-    manager = SimpleNamespace(find_latest=lambda: 7)
-    assert newest("", "local", {"local_checkpoint_manager": manager}) == 7
-    with pytest.raises(ck.CheckpointMismatchError, match="has no local_checkpoint_manager"):
-        newest("", "local", {})
-    with pytest.raises(ck.CheckpointMismatchError, match="'in_memory' is neither 'global' nor 'local'"):
-        newest("", "in_memory")
+    for kind in ("local", "in_memory"):
+        with pytest.raises(ck.CheckpointMismatchError, match="has no local_checkpoint_manager"):
+            newest("", kind, {})
+    with pytest.raises(ck.CheckpointMismatchError, match="'remote' is none of 'global', 'local', 'in_memory'"):
+        newest("", "remote")
 
 
 def test_the_context_is_empty_without_local_checkpoints() -> None:
     assert ck.init_checkpointing_context(CheckpointConfig()) == {}
-    with pytest.raises(RuntimeError, match="'local' is not available"):
-        ck.init_checkpointing_context(CheckpointConfig(non_persistent_ckpt_type="local"))
+
+
+def test_the_context_holds_the_manager_of_local_checkpoints(tmp_path: Path) -> None:
+    """Saved by a run, found and read step by step through a context of the documented form."""
+
+    def steps() -> tuple[tuple[int, int, list[str]], str]:
+        cfg = tiny_config(
+            train_iters=3,
+            checkpoint={
+                "save": str(tmp_path / "run"),
+                "save_interval": 0,
+                "non_persistent_ckpt_type": "local",
+                "non_persistent_local_ckpt_dir": str(tmp_path / "node"),
+                "non_persistent_save_interval": 1,
+            },
+        )
+        run = setup(cfg)
+        train(run)
+        context = ck.init_checkpointing_context(cfg.checkpoint)
+        newest = ck._get_non_persistent_iteration("", "local", context)
+        common, path, release, kind = ck._load_non_persistent_base_checkpoint(
+            "", cfg.checkpoint, True, None, newest, context, pg_collection=run.pg_collection
+        )
+        assert (release, kind) == (False, ck.CheckpointType.LOCAL)
+        model = ck._generate_model_state_dict(run.model)
+        loaded = ck._load_non_persistent_base_checkpoint(
+            "", cfg.checkpoint, False, model, newest, context, pg_collection=run.pg_collection
+        )[0]
+        assert all(torch.equal(p, loaded["model"][n]) for n, p in unwrap_model(run.model[0]).named_parameters())
+        return (newest, common["iteration"], sorted(context)), Path(path).name
+
+    found, name = run_ranks(steps, 1)[0]
+    assert found == (3, 3, ["local_checkpoint_manager", "prepared_directories", "trash"])
+    assert name == "iter_0000003_0_local.pt"
 
 
 def test_the_functions_of_fsdp_dtensor_refuse() -> None:

@@ -57,9 +57,24 @@ DOCUMENTED: dict[str, tuple[Any, Any]] = {
 """The tables of the user guide."""
 
 FURTHER: dict[str, tuple[Any, Any]] = {
+    "on_save_failure": (Literal["raise", "warn"], "raise"),
+    "max_save_failures": (int, 3),
+    "save_retries": (int, 3),
+    "save_retry_seconds": (float, 5.0),
+    "check_free_space": (bool, True),
     "custom_manager_class": (str | None, None),
+    "in_memory_limit_gib": (float | None, None),
+    "in_memory_release_minutes": (float, 60.0),
     "finetune": (bool, False),
     "most_recent_k": (int, -1),
+    "save_retain_interval": (int | None, None),
+    "retain_every_hours": (float | None, None),
+    "retain_best_k": (int | None, None),
+    "retain_best_metric": (str | None, None),
+    "retain_best_mode": (Literal["min", "max"], "min"),
+    "retain_iterations": (list[int] | None, None),
+    "save_interval_minutes": (float | None, None),
+    "save_signal": (Literal["SIGUSR1", "SIGUSR2"] | None, None),
     "load_dataloader_state": (Literal["auto", "require", "ignore"], "auto"),
     "safe_globals": (list[str] | None, None),
     "storage_writers_per_rank": (int, 1),
@@ -68,11 +83,20 @@ FURTHER: dict[str, tuple[Any, Any]] = {
 """Fields that the guide's tables do not have."""
 
 CARRIED_OUT = {
+    *("on_save_failure", "max_save_failures", "save_retries", "save_retry_seconds", "check_free_space"),
+    *("save_interval_minutes", "save_signal"),
     *("save", "save_interval", "save_optim", "save_rng", "save_tokenizer_assets", "async_save"),
     *("load", "load_optim", "load_rng", "ckpt_step", "exit_on_missing_checkpoint", "dist_ckpt_strictness"),
+    *("most_recent_k", "save_retain_interval", "retain_every_hours", "retain_iterations"),
+    *("retain_best_k", "retain_best_metric", "retain_best_mode"),
     *("load_dataloader_state", "safe_globals", "pretrained_checkpoint", "finetune", "load_main_params_from_ckpt"),
     *("dist_ckpt_optim_fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient"),
-    *("fully_parallel_save", "fully_parallel_load", "storage_writers_per_rank", "custom_manager_class"),
+    *("in_memory_limit_gib", "in_memory_release_minutes"),
+    *("ckpt_assume_constant_structure", "fully_parallel_save", "fully_parallel_load"),
+    *("storage_writers_per_rank", "custom_manager_class"),
+    *("non_persistent_save_interval", "non_persistent_ckpt_type", "non_persistent_global_ckpt_dir"),
+    *("non_persistent_local_ckpt_dir", "non_persistent_local_ckpt_algo"),
+    *("replication", "replication_jump", "replication_factor"),
 }
 
 
@@ -107,20 +131,6 @@ REFUSED: list[tuple[str, Any, str]] = [
         "fsdp_dtensor",
         "'fsdp_dtensor' is not available in this version; leave it at 'torch_dist'",
     ),
-    ("ckpt_assume_constant_structure", True, "true is not available in this version; leave it at false"),
-    ("non_persistent_save_interval", 5, "5 is not available in this version; leave it at null"),
-    ("non_persistent_ckpt_type", "local", "'local' is not available in this version; leave it at null"),
-    ("non_persistent_global_ckpt_dir", "/x", "'/x' is not available in this version; leave it at null"),
-    ("non_persistent_local_ckpt_dir", "/x", "'/x' is not available in this version; leave it at null"),
-    (
-        "non_persistent_local_ckpt_algo",
-        "atomic",
-        "'atomic' is not available in this version; leave it at 'fully_parallel'",
-    ),
-    ("replication", True, "true is not available in this version; leave it at false"),
-    ("replication_jump", 4, "4 is not available in this version; leave it at null"),
-    ("replication_factor", 3, "3 is not available in this version; leave it at 2"),
-    ("most_recent_k", 3, "3 is not available in this version; leave it at -1"),
     ("strict_fsdp_dtensor_load", True, "true is not available in this version; leave it at false"),
 ]
 
@@ -155,6 +165,23 @@ RULES: list[tuple[dict[str, Any], list[str]]] = [
         {"storage_writers_per_rank": 0},
         ["checkpoint.storage_writers_per_rank: 0 is too small; set it to 1 or more"],
     ),
+    ({"save_interval_minutes": 0.5}, []),
+    (
+        {"save_interval_minutes": 0.0},
+        ["checkpoint.save_interval_minutes: 0.0 is too small; set it to a number above 0"],
+    ),
+    ({"save": "/s", "save_signal": "SIGUSR2"}, []),
+    (
+        {"save_signal": "SIGUSR1"},
+        [
+            "checkpoint.save_signal: 'SIGUSR1' has nothing to save without checkpoint.save; "
+            "set checkpoint.save to a directory, or save_signal to null"
+        ],
+    ),
+    ({"max_save_failures": 0}, ["checkpoint.max_save_failures: 0 is too small; set it to 1 or more"]),
+    ({"save_retries": 0, "save_retry_seconds": 0.0}, []),
+    ({"save_retries": -1}, ["checkpoint.save_retries: -1 is too small; set it to 0 or more"]),
+    ({"save_retry_seconds": -1.0}, ["checkpoint.save_retry_seconds: -1.0 is too small; set it to 0 or more"]),
     ({"save": ""}, ["checkpoint.save: '' names no directory; set a directory, or null"]),
     ({"load": ""}, ["checkpoint.load: '' names no directory; set a directory, or null"]),
     (
@@ -162,6 +189,14 @@ RULES: list[tuple[dict[str, Any], list[str]]] = [
         [
             "checkpoint.async_save: true has nothing to save without checkpoint.save; "
             "set checkpoint.save to a directory, or async_save to false"
+        ],
+    ),
+    ({"in_memory_limit_gib": 0.5, "in_memory_release_minutes": 0.5}, []),
+    (
+        {"in_memory_limit_gib": 0.0, "in_memory_release_minutes": -1.0},
+        [
+            "checkpoint.in_memory_limit_gib: 0.0 is too small; set it to a number above 0",
+            "checkpoint.in_memory_release_minutes: -1.0 is too small; set it to a number above 0",
         ],
     ),
     ({"load": "/l", "ckpt_step": 0}, []),
@@ -179,6 +214,53 @@ RULES: list[tuple[dict[str, Any], list[str]]] = [
         [
             "checkpoint.exit_on_missing_checkpoint: true has no checkpoint to miss; "
             "set checkpoint.load to a directory, or exit_on_missing_checkpoint to false"
+        ],
+    ),
+    ({"most_recent_k": 1}, []),
+    (
+        {"most_recent_k": 0},
+        ["checkpoint.most_recent_k: 0 would keep nothing to resume from; set it to 1 or more, or -1 to keep all"],
+    ),
+    ({"most_recent_k": -2}, ["checkpoint.most_recent_k: -2 is too small; set it to -1 or more"]),
+    ({"save_interval": 50, "save_retain_interval": 100}, []),
+    ({"save_interval": 0, "save_retain_interval": 100}, []),
+    ({"save_retain_interval": 100}, []),
+    (
+        {"save_interval": 50, "save_retain_interval": 120},
+        ["checkpoint.save_retain_interval: 120 is not a multiple of save_interval 50; change one of them"],
+    ),
+    ({"save_retain_interval": 0}, ["checkpoint.save_retain_interval: 0 is too small; set it to 1 or more"]),
+    ({"retain_every_hours": 0.5}, []),
+    ({"retain_every_hours": 0.0}, ["checkpoint.retain_every_hours: 0.0 is too small; set it to a number above 0"]),
+    ({"retain_best_k": 2, "retain_best_metric": "loss", "retain_best_mode": "max"}, []),
+    (
+        {"retain_best_k": 0, "retain_best_metric": ""},
+        [
+            "checkpoint.retain_best_k: 0 is too small; set it to 1 or more",
+            "checkpoint.retain_best_k: 0 does not say what is best; "
+            "set checkpoint.retain_best_metric to the name of a metric, as in 'loss'",
+        ],
+    ),
+    (
+        {"retain_best_metric": "loss", "retain_best_mode": "max"},
+        [
+            "checkpoint.retain_best_metric: 'loss' has no effect without checkpoint.retain_best_k; "
+            "set that, or leave this at null",
+            "checkpoint.retain_best_mode: 'max' has no effect without checkpoint.retain_best_k; "
+            "set that, or leave this at 'min'",
+        ],
+    ),
+    ({"retain_iterations": [0, 10], "most_recent_k": 1}, []),
+    ({"retain_iterations": [10], "save_retain_interval": 100}, []),
+    (
+        {"retain_iterations": [10, -1], "most_recent_k": 1},
+        ["checkpoint.retain_iterations: [10, -1] has a number below 0; list iterations"],
+    ),
+    (
+        {"retain_iterations": [10]},
+        [
+            "checkpoint.retain_iterations: [10] has no effect where everything is kept; "
+            "set checkpoint.most_recent_k, for one, or leave this at null"
         ],
     ),
     ({"custom_manager_class": "mypackage.checkpoint.MyCheckpointManager"}, []),
@@ -201,8 +283,6 @@ def test_rules(settings: dict[str, Any], expected: list[str]) -> None:
 
 
 RULES_OF_LATER_VERSIONS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"most_recent_k": 0}, []),
-    ({"most_recent_k": -2}, ["checkpoint.most_recent_k: -2 is too small; set it to -1 or more"]),
     (
         {"save": "/s", "async_save": True, "ckpt_format": "zarr"},
         [
@@ -220,7 +300,7 @@ RULES_OF_LATER_VERSIONS: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"exit_on_missing_checkpoint": True, "pretrained_checkpoint": "/p"}, []),
     (
-        {"non_persistent_save_interval": 0, "non_persistent_ckpt_type": "in_memory"},
+        {"non_persistent_save_interval": 0, "non_persistent_ckpt_type": "in_memory", "save": "/s"},
         ["checkpoint.non_persistent_save_interval: 0 is too small; set it to 1 or more"],
     ),
     (
@@ -232,14 +312,22 @@ RULES_OF_LATER_VERSIONS: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"non_persistent_ckpt_type": "global", "save": "/s"}, []),
     (
-        {"non_persistent_ckpt_type": "global"},
+        {"non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": "/g"},
         [
-            "checkpoint.non_persistent_ckpt_type: 'global' has no directory; "
-            "set checkpoint.non_persistent_global_ckpt_dir or checkpoint.save"
+            "checkpoint.non_persistent_ckpt_type: 'global' belongs to a run that saves persistent checkpoints too, "
+            "and checkpoint.save is not set; set checkpoint.save to a directory, or non_persistent_ckpt_type to null"
         ],
     ),
     (
-        {"non_persistent_ckpt_type": "local"},
+        {"non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": "/s/", "save": "/s"},
+        [
+            "checkpoint.non_persistent_global_ckpt_dir: '/s/' is checkpoint.save, where all but the newest "
+            "checkpoint would be deleted; set it to another directory, or to null for `non_persistent` inside "
+            "checkpoint.save"
+        ],
+    ),
+    (
+        {"non_persistent_ckpt_type": "local", "save": "/s"},
         [
             "checkpoint.non_persistent_ckpt_type: 'local' has no directory; "
             "set checkpoint.non_persistent_local_ckpt_dir to a directory on each node"
@@ -247,6 +335,7 @@ RULES_OF_LATER_VERSIONS: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         {
+            "save": "/s",
             "non_persistent_ckpt_type": "local",
             "non_persistent_local_ckpt_dir": "/l",
             "replication": True,
@@ -257,8 +346,8 @@ RULES_OF_LATER_VERSIONS: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"replication": True},
         [
-            "checkpoint.replication: true copies local checkpoints and there are none; "
-            "set checkpoint.non_persistent_ckpt_type to 'local', or replication to false",
+            "checkpoint.replication: true copies local or in-memory checkpoints and there are none; "
+            "set checkpoint.non_persistent_ckpt_type to 'local' or 'in_memory', or replication to false",
             "checkpoint.replication: true needs to know which ranks hold copies; "
             "set checkpoint.replication_jump to the ranks of one node",
         ],
@@ -288,6 +377,7 @@ def test_rules_of_fields_that_become_available(
         ({"save_interval": True}, "checkpoint.save_interval: true is not valid; set it to an integer or null"),
         ({"save_interval": 2.0}, "checkpoint.save_interval: 2.0 is not valid; set it to an integer or null"),
         ({"async_save": 1}, "checkpoint.async_save: 1 is not valid; set it to true or false"),
+        ({"most_recent_k": None}, "checkpoint.most_recent_k: null is not valid; set it to an integer"),
         (
             {"dist_ckpt_strictness": "strict"},
             "checkpoint.dist_ckpt_strictness: 'strict' is not valid; set it to 'assume_ok_unexpected' or "

@@ -301,6 +301,21 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         "train.exit_duration_in_mins: 0.0 is too small; set it to a number above 0",
     ),
     (
+        {"train.exit_signal": "SIGINT"},
+        "train.exit_signal: 'SIGINT' has no effect without train.exit_signal_handler; "
+        "set that to true, or leave this at 'SIGTERM'",
+    ),
+    (
+        {
+            "train.exit_signal_handler": True,
+            "train.exit_signal": "SIGUSR1",
+            "checkpoint.save": "/s",
+            "checkpoint.save_signal": "SIGUSR1",
+        },
+        "checkpoint.save_signal: 'SIGUSR1' is train.exit_signal too, which saves and stops; "
+        "choose another signal for one of them",
+    ),
+    (
         {"train.micro_batch_size": 4, "train.global_batch_size": 6},
         "train.global_batch_size: 6 is not a multiple of micro_batch_size 4; change one of them",
     ),
@@ -383,8 +398,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         "set checkpoint.load to the directory that holds it, or ckpt_step to null",
     ),
     (
-        {"checkpoint.most_recent_k": 3},
-        "checkpoint.most_recent_k: 3 is not available in this version; leave it at -1",
+        {"checkpoint.strict_fsdp_dtensor_load": True},
+        "checkpoint.strict_fsdp_dtensor_load: true is not available in this version; leave it at false",
     ),
     # types
     (
@@ -490,13 +505,13 @@ def test_reports_everything_at_once_and_in_the_order_of_the_sections() -> None:
         "dataset.path": None,
         "checkpoint.async_save": True,
         "checkpoint.ckpt_step": 5,
-        "checkpoint.most_recent_k": 3,
+        "checkpoint.strict_fsdp_dtensor_load": True,
         "logger.log_level": "LOUD",
         "peft": {},
     }
     assert [line.split(":")[0] for line in problems(settings, world_size=2)] == [
         "model.num_layers",
-        "checkpoint.most_recent_k",
+        "checkpoint.strict_fsdp_dtensor_load",
         "logger.log_level",
         "peft",
         "optimizer.min_lr",

@@ -23,7 +23,7 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
 from bridge.training.checkpointing.layout import DATALOADER_DIRECTORY, dataloader_state_name, iteration_name
 from bridge.training.checkpointing.parallel import default_pg_collection
-from bridge.training.checkpointing.safe_globals import load_torch_file
+from bridge.training.checkpointing.safe_globals import load_torch_bytes, load_torch_file
 from bridge.training.checkpointing.sidecar import Sidecar, torch_bytes
 
 _KEY = "dataloader_state_dict"
@@ -144,6 +144,18 @@ def read_dataloader_state(checkpoint: Path, data_parallel_rank: int, data_parall
     needed = [data_parallel_rank] if saved_size == data_parallel_size else range(saved_size)
     states = tuple(_read(checkpoint / dataloader_state_name(rank)) for rank in needed)
     return DataloaderState(states, saved_size, data_parallel_rank, data_parallel_size)
+
+
+def parse_dataloader_state(data: bytes, place: str) -> Any:
+    """One rank's state from the bytes of its file; `place` says where they come from, for messages.
+
+    Raises:
+        CheckpointDamagedError: they are unreadable.
+    """
+    try:
+        return load_torch_bytes(data, place, "data iterator state")[_KEY]
+    except (KeyError, TypeError) as error:
+        raise CheckpointDamagedError(f"{place} is not a readable data iterator state: {error!r}") from error
 
 
 def _read(path: Path) -> Any:

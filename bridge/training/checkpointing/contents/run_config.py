@@ -13,6 +13,17 @@ from bridge.training.checkpointing.errors import CheckpointDamagedError
 from bridge.training.checkpointing.layout import RUN_CONFIG
 from bridge.training.checkpointing.sidecar import Sidecar
 
+_LARGEST = 1 << 26
+"""Bytes."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only. Merging mappings, which no program writes, can double their size with every line."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.YAMLError("merge keys are not allowed")
+
 
 def run_config_sidecar(cfg: Any, *, has_optimizer: bool = True, has_rng: bool = True) -> Sidecar:
     """Capture the whole configuration as YAML.
@@ -43,13 +54,24 @@ def read_run_config(checkpoint: Path) -> dict[str, Any] | None:
     """
     path = checkpoint / RUN_CONFIG
     try:
-        content = yaml.safe_load(path.read_text())
+        if path.stat().st_size > _LARGEST:
+            raise CheckpointDamagedError(f"{path} is not readable YAML: it has {path.stat().st_size} bytes")
+        data = path.read_bytes()
     except FileNotFoundError:
         return None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except OSError as error:
         raise CheckpointDamagedError(f"{path} is not readable YAML: {error}") from error
+    return parse_run_config(data, str(path))
+
+
+def parse_run_config(data: bytes, place: str) -> dict[str, Any]:
+    """As `read_run_config`, from the file's bytes; `place` says where they come from, for messages."""
+    try:
+        content = yaml.load(data.decode(), Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates, text that is no UTF-8
+        raise CheckpointDamagedError(f"{place} is not readable YAML: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointDamagedError(f"{path} holds no mapping")
+        raise CheckpointDamagedError(f"{place} holds no mapping")
     return content
 
 

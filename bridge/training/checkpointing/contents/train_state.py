@@ -36,12 +36,20 @@ def read_train_state(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"it has {path.stat().st_size} bytes")
-        loaded = load_torch_file(path, "train state")
-        state = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in loaded.items()}
-        if not isinstance(state["step"], int) or state["step"] < 0:
-            raise ValueError(f"its step is {state['step']!r}")
+        return plain_train_state(load_torch_file(path, "train state"))
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointDamagedError(f"{path} is not a readable train state: {describe(error)}") from error
+
+
+def plain_train_state(saved: Any) -> dict[str, Any]:
+    """Plain numbers and flags, by field name, of what `train_state.pt` holds.
+
+    Raises:
+        ValueError: its step is none. KeyError, AttributeError, TypeError: it is something else.
+    """
+    state = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in saved.items()}
+    if not isinstance(state["step"], int) or state["step"] < 0:
+        raise ValueError(f"its step is {state['step']!r}")
     return state

@@ -7,7 +7,12 @@ import struct
 import zipfile
 from pathlib import Path
 
-from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError, CheckpointMismatchError
+from bridge.training.checkpointing.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointMismatchError,
+    UnsafeCheckpointError,
+)
 from bridge.training.checkpointing.safe_globals import describe
 
 _LONGEST_REASON = 400  # characters
@@ -34,9 +39,12 @@ def load_error(error: BaseException, directory: Path, strictness: str) -> Checkp
         strictness: the value of `checkpoint.dist_ckpt_strictness`, which decides about keys that differ.
 
     Returns:
-        A CheckpointDamagedError if any rank could not read, else a CheckpointMismatchError.
+        An error of ours if that is what a rank met, an UnsafeCheckpointError first. Else a CheckpointDamagedError
+        if any rank could not read, or a CheckpointMismatchError.
     """
     causes = _causes(error)
+    if (own := _own_error(causes)) is not None:
+        return own
     step = str(error.args[0]) if causes and error.args else ""
     if any(is_damage(cause, step) for cause in causes.values()):
         return unreadable(directory, reason_of(error))
@@ -44,6 +52,15 @@ def load_error(error: BaseException, directory: Path, strictness: str) -> Checkp
         f"the checkpoint in {directory} does not fit this run: {_explained(reason_of(error))} "
         f"(checkpoint.dist_ckpt_strictness is {strictness!r})"
     )
+
+
+def _own_error(causes: dict[int, BaseException]) -> CheckpointError | None:
+    own = {rank: cause for rank, cause in causes.items() if isinstance(cause, CheckpointError)}
+    if not own:
+        return None
+    worst = min(own.values(), key=lambda cause: not isinstance(cause, UnsafeCheckpointError))
+    ranks = ", ".join(str(rank) for rank, cause in own.items() if str(cause) == str(worst))
+    return type(worst)(f"{worst} (rank {ranks})")
 
 
 def unreadable(directory: Path, reason: str) -> CheckpointDamagedError:

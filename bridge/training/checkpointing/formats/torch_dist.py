@@ -17,33 +17,43 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
 from megatron.core.dist_checkpointing.mapping import CheckpointingException, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import (
     StrictHandling,
     determine_global_metadata,
     parse_strict_flag,
     validate_integrity_and_strict_load,
-    validate_sharding_integrity,
     verify_checkpoint_and_load_strategy,
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.background import ForkedCall
-from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
+from bridge.training.checkpointing.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointSaveError,
+    storage_error,
+)
 from bridge.training.checkpointing.formats import PayloadWrite
-from bridge.training.checkpointing.formats.failures import load_error, reason_of, unreadable
+from bridge.training.checkpointing.formats.failures import load_error, unreadable
+from bridge.training.checkpointing.formats.planning import (
+    SavePlanning,
+    make_plan,
+    metadata_of,
+    ranks_of,
+    reuse_plan,
+    validate_sharding,
+)
+from bridge.training.checkpointing.formats.safe_reading import safe_strategy
+from bridge.training.checkpointing.formats.structure import Structure
 from bridge.training.checkpointing.layout import COMMON, MCORE_METADATA, PAYLOAD_METADATA
 from bridge.training.checkpointing.safe_globals import describe, load_torch_file
 from bridge.training.checkpointing.sidecar import Sidecar, torch_bytes
@@ -71,34 +81,18 @@ class Loaded:
     """Keys that were requested and are not in the checkpoint; None likewise."""
 
 
-class PlanningStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """megatron-core's strategy up to the plan; the writing is left to the caller.
-
-    `async_save` plans and stages as usual; then `writer` holds this rank's buckets and `metadata`, on
-    rank 0, the global metadata.
-    """
-
-    def __init__(self, writers_per_rank: int) -> None:
-        super().__init__(BACKEND, VERSION, thread_count=writers_per_rank)
-        self.writer: FileSystemWriterAsync | None = None
-        self.metadata: Any = None
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
-        self.writer, self.metadata = writer, save_state_dict_ret[1]
-        return AsyncRequest(None, (), [])
-
-
 def plan_save(
     state_dict: dict[str, Any],
     directory: Path,
     content_metadata: dict[str, Any],
     ranks: Ranks,
     *,
-    strategy: Any | None = None,
+    strategy: SavePlanning | None = None,
     writers_per_rank: int = 1,
     parallelization_group: Any | None = None,
     preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-) -> tuple[PayloadWrite, Any]:
+    assume_constant_structure: bool = False,
+) -> tuple[PayloadWrite, SavePlanning]:
     """Plan a save of `state_dict` into `directory`, stage device tensors in host memory, and write nothing yet.
 
     Args:
@@ -106,37 +100,58 @@ def plan_save(
         directory: an existing directory that only this save uses.
         content_metadata: saved in `common.pt` under that key.
         ranks: all ranks; this is collective.
-        strategy: the second value returned by an earlier call, to keep what it has cached.
+        strategy: the second value returned by an earlier call. A structure that it knows is not validated again.
         writers_per_rank: files, and processes writing them, of each rank.
         parallelization_group: replicas within this group share the writing; None: the main replica writes.
         preprocess_common: as megatron-core's `preprocess_common_before_consistancy_check`.
+        assume_constant_structure: keep the plan for the next save, and use the one kept by the save before, if no
+            rank's structure has changed since. That is checked; the values are always those of `state_dict`.
 
     Returns:
-        The planned write, and the strategy.
+        The planned write, and what to pass as `strategy` to the next call.
 
     Raises:
         CheckpointSaveError: the shards of the ranks do not make up whole tensors.
     """
     state_dict[_CONTENT_METADATA] = content_metadata
-    sharded, common = ranks.run(
-        "preparing the sharded state", lambda: save_preprocess(state_dict, validate_access_integrity=False)
+    sharded, common, structure = ranks.run(
+        "preparing the sharded state", lambda: _prepare_save(state_dict, writers_per_rank, parallelization_group)
     )
     # Before anything is exchanged: what cannot be pickled would fail on rank 0 alone, amid a collective.
     sidecars = ranks.run(
         "serializing the common state",
         lambda: (Sidecar(COMMON, torch_bytes(common)),) if ranks.is_first else (),
     )
-    if strategy is None:
-        # Checked once for a structure: the answer does not change while the model stays the same.
-        compared = common
-        if preprocess_common is not None:
-            compared = ranks.run("preparing the common state for comparison", lambda: preprocess_common(common))
-        _validate_sharding(sharded, compared, ranks)
-        strategy = PlanningStrategy(writers_per_rank)
-        if parallelization_group is not None:
-            strategy = FullyParallelSaveStrategyWrapper(strategy, parallelization_group)
-    planned = _plan(strategy, sharded, directory, ranks)
-    return PayloadWrite(planned.write, planned.finish, sidecars), strategy
+    planning = strategy or SavePlanning()
+    verdict = planning.compare(structure, ranks, reuse=assume_constant_structure)
+    plan = planning.plan
+    if plan is not None and verdict.planned:
+        writer = reuse_plan(plan, sharded, directory, ranks)
+    else:
+        if not verdict.valid:
+            compared = common
+            if preprocess_common is not None:
+                compared = ranks.run("preparing the common state for comparison", lambda: preprocess_common(common))
+            validate_sharding(sharded, compared, ranks)
+        plan, writer = make_plan(
+            sharded,
+            directory,
+            ranks,
+            job=verdict.job,
+            writers_per_rank=writers_per_rank,
+            group=parallelization_group,
+            validate=not verdict.valid,
+        )
+    planning.remember(structure, verdict, plan if assume_constant_structure else None)
+    planned = _Planned(writer, metadata_of(plan), directory)
+    return PayloadWrite(planned.write, planned.finish, sidecars), planning
+
+
+def _prepare_save(
+    state_dict: dict[str, Any], writers_per_rank: int, group: Any | None
+) -> tuple[dict[str, Any], dict[str, Any], Structure]:
+    sharded, common = save_preprocess(state_dict, validate_access_integrity=False)
+    return sharded, common, Structure.of(nested_values(sharded), writers_per_rank, ranks_of(group))
 
 
 def load(
@@ -163,7 +178,7 @@ def load(
 
     Raises:
         CheckpointDamagedError: a file cannot be read, on any rank.
-        UnsafeCheckpointError: `common.pt` holds an object of a class that is not allowed.
+        UnsafeCheckpointError: a file holds an object of a class that is not allowed, or leads out of the checkpoint.
         CheckpointMismatchError: keys or shapes do not fit.
     """
 
@@ -235,9 +250,12 @@ def _prepare(template: dict[str, Any], directory: Path, strictness: str, group: 
     strict = parse_strict_flag(strictness)
     common = read_common(directory)
     try:
-        strategy, _ = verify_checkpoint_and_load_strategy(str(directory))
+        registered, _ = verify_checkpoint_and_load_strategy(str(directory))
+        strategy = safe_strategy(registered, directory)
         compares = StrictHandling.requires_explicit_ckpt_mismatch_check(strict)
         saved = strategy.load_sharded_metadata(str(directory)) if compares else None
+    except CheckpointError:
+        raise
     except Exception as error:  # there is no error that unpickling a garbled file may not raise
         raise unreadable(directory, describe(error)) from error
     if group is not None:
@@ -267,17 +285,6 @@ def _listed(keys: set[str]) -> str:
     return ", ".join(sorted(keys)) if keys else "nothing"
 
 
-def _validate_sharding(sharded: Any, common: dict[str, Any], ranks: Ranks) -> None:
-    def validate() -> None:
-        metadata = determine_global_metadata(sharded)[1]
-        try:
-            validate_sharding_integrity(metadata, common_state_dict=common)
-        except (CheckpointingException, AssertionError) as error:
-            raise CheckpointSaveError(f"the shards of the ranks do not make up whole tensors: {error}") from error
-
-    ranks.run("validating the sharding", validate)
-
-
 @dataclass(frozen=True)
 class _Planned:
     """One rank's plan: buckets of host tensors, a file each."""
@@ -297,7 +304,13 @@ class _Planned:
                 ForkedCall(partial(_write_bucket, transforms, bucket), f"the writer of {bucket[1]}")
                 for bucket in buckets
             ]
-            results = [call.result() for call in calls]
+            try:
+                results = [call.result() for call in calls]
+            except BaseException:
+                # What goes on writing would write into another try's files.
+                for call in calls:
+                    call.kill()
+                raise
         return [bucket[1] for bucket in buckets], [result for results_ in results for result in results_]
 
     def finish(self, results: list[Any]) -> list[str]:
@@ -307,30 +320,6 @@ class _Planned:
         self.writer.finish(self.metadata, results)
         save_config(CheckpointingConfig(BACKEND, VERSION), str(self.directory))
         return [PAYLOAD_METADATA, MCORE_METADATA]
-
-
-def _plan(strategy: Any, sharded: Any, directory: Path, ranks: Ranks) -> _Planned:
-    planner: PlanningStrategy = getattr(strategy, "base_strategy", strategy)
-    # megatron-core would start a spawned server process here to carry results between processes; they
-    # travel through our own pipes, so any object that is not None keeps it from doing that.
-    filesystem_async._results_queue = filesystem_async._results_queue or object()
-
-    def plan() -> _Planned:
-        try:
-            strategy.async_save(sharded, directory)
-        except CheckpointException as error:  # a BaseException, the same on all ranks
-            raise CheckpointSaveError(f"the save cannot be planned: {reason_of(error)}") from error
-        if planner.writer is None:
-            raise CheckpointSaveError("megatron-core's strategy returned no plan")
-        planned = _Planned(planner.writer, planner.metadata, directory)
-        planner.writer, planner.metadata = None, None
-        buckets = planned.writer.write_buckets
-        on_device = any(tensor.device.type != "cpu" for bucket in buckets or [] for _, tensor in bucket[2][1])
-        if on_device:
-            planned.writer.write_buckets = FileSystemWriterAsync.preload_tensors(buckets, non_blocking=True)
-        return planned
-
-    return ranks.run("planning the save", plan)
 
 
 class _Results:
@@ -354,5 +343,7 @@ def _write_bucket(transforms: list[Any], bucket: Any) -> Any:
     FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, report, report, use_fsync=True)
     _, results = report.value
     if isinstance(results, Exception):
-        raise CheckpointSaveError(f"writing {bucket[0]} failed: {type(results).__name__}: {results}") from results
+        # torch has an error of its own, about positions in the file, where the file system has refused to write.
+        reason = storage_error(results) or results
+        raise CheckpointSaveError(f"writing {bucket[0]} failed: {type(reason).__name__}: {reason}") from results
     return results

@@ -1,0 +1,1 @@
+"""`bridge-ckpt`: what can be done with checkpoints from a shell."""

@@ -1,0 +1,46 @@
+"""The command line: subcommands, and errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from bridge.cli import memory, rescue
+from bridge.training.logs import quiet_library_warnings
+
+COMMANDS = (rescue, memory)
+"""Modules with `add_to(subparsers)`, which sets the default `run`: a function of the options that returns the status."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Returns:
+        The exit status: 0, or 1 after an error, which is one line on standard error. Wrong arguments end the process
+        with status 2.
+    """
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    quiet_library_warnings()
+    try:
+        from bridge import accelerator
+
+        accelerator.enable()
+        status: int = options.run(options)
+    except Exception as error:
+        # What is not ours is not foreseen: its traceback is what helps.
+        if not type(error).__module__.startswith("bridge."):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bridge-ckpt", description="Work with checkpoints from a shell.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_to(commands)
+    return parser

@@ -1,0 +1,68 @@
+"""The check of free space for one save: where it looks, and by which size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.disk import Estimate, SharedDirectory, require_local, state_bytes
+from bridge.training.checkpointing.retention import MostRecent, policies_of
+from bridge.training.checkpointing.sweeper import needed_again
+from bridge.training.checkpointing.tiers.global_directory import SETTING
+from bridge.training.checkpointing.tiers.rank_local import RankLocalSave
+from bridge.training.checkpointing.transaction import SaveTarget
+from bridge.training.checkpointing.trash import trash_of
+
+
+def room_for(target: SaveTarget, state: Any, context: dict[str, Any]) -> SharedDirectory | None:
+    """The directory of a save that all ranks share; None if free space is not to be checked."""
+    cfg = state.cfg.checkpoint
+    if not cfg.check_free_space:
+        return None
+    if target.kind == "non_persistent_global":
+        return SharedDirectory(target.save_dir, SETTING, (MostRecent(1),), trash_of(context))
+    in_use = needed_again(cfg, state.loaded_from, state.base_checkpoint)
+    return SharedDirectory(target.save_dir, "checkpoint.save", policies_of(cfg), trash_of(context), in_use)
+
+
+def require_recent_size(room: SharedDirectory | None, iteration: int) -> bool:
+    """Require room for a checkpoint as large as the newest one there. Rank 0 only.
+
+    Returns:
+        Whether there is nothing left to check: False if no checkpoint there tells its size.
+
+    Raises:
+        NotEnoughSpaceError: there is too little.
+    """
+    if room is None:
+        return True
+    size = room.recent_size()
+    if size is not None:
+        room.require(size, iteration)
+    return size is not None
+
+
+def require_state_size(room: SharedDirectory | None, state_dict: dict[str, Any], iteration: int, ranks: Ranks) -> None:
+    """Require room for the bytes of a sharded state dict, all ranks' together. Collective.
+
+    Raises:
+        NotEnoughSpaceError: there is too little. Every rank raises.
+    """
+    if room is None:
+        return
+    own = ranks.run("measuring the state", lambda: state_bytes(state_dict, ranks))
+    size = Estimate(sum(ranks.gather_all("adding up the size of the state", own)), "the bytes of the state")
+    ranks.first("checking the free space", lambda: room.require(size, iteration))
+
+
+def require_snapshot_size(save: RankLocalSave, checkpoint_config: Any, ranks: Ranks) -> None:
+    """Require room for what every rank writes of a local save on its own node. Collective.
+
+    Raises:
+        NotEnoughSpaceError: there is too little on some node. Every rank raises.
+    """
+    if save.target.kind != "local" or not checkpoint_config.check_free_space:
+        return
+    needed = sum(tensor.nbytes for state in save.states.values() for tensor in state.tensors)
+    setting = "checkpoint.non_persistent_local_ckpt_dir"
+    require_local(save.target.save_dir, needed, save.target.iteration, setting, ranks)

@@ -1,0 +1,50 @@
+"""Which run a non-persistent checkpoint belongs to.
+
+Local directories and host memory are shared by all jobs of a machine. What a run leaves there carries its
+session, a name that is bound to the run's save directory: the same after a restart, another one for every other
+save directory, for a copy of it, and for one that was deleted and made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from pathlib import Path
+
+from bridge.training.checkpointing.errors import DirectoryInUseError
+from bridge.training.checkpointing.files import replace_file
+
+SESSION = ".bridge-session"
+"""In a save directory: the token that its session is made of. In another directory: the session that owns it."""
+
+
+def session_of(save_dir: Path) -> str:
+    """The session of a save directory, 16 hexadecimal digits; its token is made where there is none.
+
+    Call it in the one process that has claimed the directory.
+    """
+    file = save_dir / SESSION
+    token = file.read_bytes() if file.exists() else b""
+    if not token:
+        token = secrets.token_hex(16).encode()
+        replace_file(file, token)
+    place = str(save_dir.resolve()).encode()
+    return hashlib.sha256(token + b"\n" + place).hexdigest()[:16]
+
+
+def take_over(directory: Path, session: str, setting: str) -> None:
+    """Make a directory outside the save directory belong to `session`.
+
+    Raises:
+        DirectoryInUseError: it belongs to another session, whose checkpoints would be taken for this run's.
+    """
+    file = directory / SESSION
+    owner = file.read_bytes().decode(errors="replace") if file.exists() else ""
+    if owner == session:
+        return
+    if owner:
+        raise DirectoryInUseError(
+            f"{setting}: {directory} holds checkpoints of another run, whose checkpoint.save is or was another "
+            f"directory; name a directory of this run's own, or delete it if that run is over"
+        )
+    replace_file(file, session.encode())

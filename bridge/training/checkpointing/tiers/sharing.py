@@ -1,0 +1,191 @@
+"""Replicas of one shard: which rank keeps it in its snapshot, and how the others get it back.
+
+Data-parallel ranks hold the same model. With `fully_parallel` each of them keeps a share of it, chosen by
+megatron-core so that the shares are of about the same size. When the snapshots are loaded, whoever lacks a shard
+gets it from the rank that has it, whatever part of the state is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.mapping import CheckpointingException, ShardedTensor
+from megatron.core.dist_checkpointing.utils import _sharded_tensor_shard_id
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+
+from bridge import accelerator
+from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.errors import CheckpointMismatchError, CheckpointSaveError
+
+ShardId = tuple[Any, ...]
+"""Key and place of a shard, the same for all its replicas."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The sharding of a state dict that has been found sound, and who keeps what of it."""
+
+    fingerprint: str
+    """Of this rank's shards and of how they are divided."""
+    keeper: dict[ShardId, int] | None
+    """By shard, the rank within the group that keeps it; None where every rank keeps all of its own."""
+
+
+def structure_of(sharded: Any, known: Structure | None, algo: str, group: Any, ranks: Ranks) -> Structure:
+    """Check that the shards of all ranks make up whole tensors, and divide them among the replicas. Collective.
+
+    Args:
+        sharded: the sharded part of this rank's state dict.
+        known: what an earlier call returned; used again if it fits on every rank.
+        algo: `fully_parallel` or `atomic`.
+        group: the ranks that share replicas.
+        ranks: all ranks.
+
+    Raises:
+        CheckpointSaveError: the shards do not make up whole tensors.
+    """
+    fingerprint = ranks.run("describing the state", lambda: _fingerprint(sharded, algo))
+    if ranks.all_true("comparing the state's structure", known is not None and known.fingerprint == fingerprint):
+        return known  # type: ignore[return-value]
+    metadata = ranks.run("exchanging the state's structure", lambda: determine_global_metadata(sharded)[1])
+    ranks.run("validating the sharding", lambda: _validate(metadata))
+    if algo != "fully_parallel":
+        return Structure(fingerprint, None)
+    distribution = ranks.run(
+        "dividing the state among replicas",
+        lambda: determine_main_replica_uniform_distribution(sharded, group, ignore_groups=True),
+    )
+    return Structure(fingerprint, None if distribution is None else distribution.main_rank_for_shard)
+
+
+def keep_share(sharded: Any, structure: Structure, group_rank: int) -> None:
+    """Take the tensors out of the state dict that another rank of the group keeps. Local."""
+    if structure.keeper is None:
+        return
+    for value in nested_values(sharded):
+        if isinstance(value, ShardedTensor) and structure.keeper[_sharded_tensor_shard_id(value)] != group_rank:
+            value.data = None
+
+
+def tensors_by_shard(sharded: Any) -> dict[ShardId, torch.Tensor]:
+    """The tensors that a state dict holds."""
+    return {
+        _sharded_tensor_shard_id(value): value.data
+        for value in nested_values(sharded)
+        if isinstance(value, ShardedTensor) and value.data is not None
+    }
+
+
+def fetch(
+    wanted: Sequence[ShardedTensor], held: dict[ShardId, torch.Tensor], group: Any, ranks: Ranks
+) -> dict[ShardId, torch.Tensor]:
+    """The wanted tensors, on the CPU: those that this rank holds, and the others from the ranks that hold them.
+
+    Collective.
+
+    Args:
+        wanted: shards; their own data is not touched.
+        held: what this rank's snapshot holds.
+        group: the ranks that share replicas; None for all.
+        ranks: all ranks.
+
+    Raises:
+        CheckpointMismatchError: no rank of the group holds a wanted shard.
+    """
+    ids = [_sharded_tensor_shard_id(value) for value in wanted]
+    if not dist.is_initialized():
+        ranks.run("looking for shards", lambda: _require({i: {0} for i in ids if i not in held}, [set(held)]))
+        return {i: held[i] for i in ids}
+    group = group if group is not None else dist.group.WORLD
+    offered: list[Any] = [None] * dist.get_world_size(group)
+    # Types and shapes travel with the names: who asks for another shape is told so, not sent the wrong bytes.
+    own = ({i: (t.dtype, tuple(t.shape)) for i, t in held.items()}, {i for i in ids if i not in held})
+    ranks.run("comparing what each rank holds", lambda: dist.all_gather_object(offered, own, group=group))
+    transfers, received = ranks.run("preparing to exchange shards", lambda: _prepare(offered, dist.get_rank(group)))
+    ranks.run("exchanging shards", lambda: _exchange(transfers, {**held, **received}, group))
+    return {i: held[i] if i in held else received[i] for i in ids}
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """One shard on its way from the rank that holds it to those that need it; ranks within the group."""
+
+    shard: ShardId
+    holder: int
+    receivers: tuple[int, ...]
+
+
+def _prepare(
+    offered: list[tuple[dict[ShardId, Any], set[ShardId]]], me: int
+) -> tuple[list[_Transfer], dict[ShardId, torch.Tensor]]:
+    """The transfers, in an order that is the same on all ranks, and room for what this rank receives."""
+    needed: dict[ShardId, set[int]] = {}
+    for rank, (_, missing) in enumerate(offered):
+        for shard in missing:
+            needed.setdefault(shard, set()).add(rank)
+    _require(needed, [set(holds) for holds, _ in offered])
+    transfers, received = [], {}
+    for shard in sorted(needed, key=repr):
+        holder = next(rank for rank, (holds, _) in enumerate(offered) if shard in holds)
+        dtype, shape = offered[holder][0][shard]
+        if me in needed[shard]:
+            received[shard] = torch.empty(shape, dtype=dtype)
+        if math.prod(shape):
+            transfers.append(_Transfer(shard, holder, tuple(sorted(needed[shard]))))
+    return transfers, received
+
+
+def _require(needed: dict[ShardId, set[int]], holds: list[set[ShardId]]) -> None:
+    absent = sorted({str(shard[0]) for shard in needed if not any(shard in held for held in holds)})
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise CheckpointMismatchError(
+            f"the snapshots lack what this run asks for: {', '.join(absent[:3])}{more}; the model or the optimizer "
+            "is not the one that was saved"
+        )
+
+
+def _exchange(transfers: list[_Transfer], tensors: dict[ShardId, torch.Tensor], group: Any) -> None:
+    """Carry out the transfers. All ranks go through them in the same order, so none waits for a later one."""
+    me, everybody = dist.get_rank(group), set(range(dist.get_world_size(group)))
+    device = accelerator.device() if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    for transfer in transfers:
+        if me != transfer.holder and me not in transfer.receivers:
+            continue
+        holder = dist.get_global_rank(group, transfer.holder)
+        tensor = tensors[transfer.shard]
+        # As bytes: backends do not know every type. One tensor at a time, to need little memory on the device.
+        staged = tensor.to(device).contiguous().reshape(-1).view(torch.uint8)
+        if {transfer.holder, *transfer.receivers} == everybody:
+            dist.broadcast(staged, src=holder, group=group)
+        elif me == transfer.holder:
+            for receiver in transfer.receivers:
+                dist.send(staged, dst=dist.get_global_rank(group, receiver), group=group)
+        else:
+            dist.recv(staged, src=holder, group=group)
+        if me in transfer.receivers:
+            tensor.copy_(staged.view(tensor.dtype).view(tensor.shape))
+
+
+def _fingerprint(sharded: Any, algo: str) -> str:
+    shards = [
+        # A sharded object's own description would include its value, which changes from save to save.
+        repr(v) if isinstance(v, ShardedTensor) else repr((v.key, v.global_shape, v.global_offset, v.replica_id))
+        for v in nested_values(sharded)
+    ]
+    return hashlib.sha256("\n".join([algo, *shards]).encode()).hexdigest()
+
+
+def _validate(metadata: Any) -> None:
+    try:
+        validate_sharding_integrity(metadata)
+    except (CheckpointingException, AssertionError) as error:
+        raise CheckpointSaveError(f"the shards of the ranks do not make up whole tensors: {error}") from error

@@ -1,0 +1,216 @@
+"""When a run saves, what kind of checkpoint, and when it ends: pure decisions over what all ranks know alike.
+
+A policy is a condition that puts itself into words. Policies are combined by "any of", and `SaveDecisions` is
+made of three such combinations: what calls for a persistent save, for a non-persistent one, and for the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from bridge.training.checkpointing.layout import SAVE_NOW
+from bridge.training.config import CheckpointConfig, TrainingConfig
+
+SaveKind = Literal["persistent", "non-persistent"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is known after a step, the same on every rank."""
+
+    step: int
+    """Completed iterations."""
+    signals: frozenset[str] = frozenset()
+    """Names of the signals that some rank has received and that nothing has answered."""
+    requested: bool = False
+    """Whether a save was asked for by a file."""
+    seconds_running: float = 0.0
+    """Since training began, on the rank where that was longest ago; 0 where no setting asks for it."""
+    seconds_since_save: float = 0.0
+    """Since training went on after the last persistent save, or began, by rank 0's clock; 0 likewise."""
+
+
+class Policy(Protocol):
+    """A condition that is met after some steps."""
+
+    def due(self, moment: Moment) -> str | None:
+        """Why the condition is met, for the log; None if it is not."""
+
+
+@dataclass(frozen=True)
+class EveryIterations:
+    """Met at every multiple of `interval`."""
+
+    interval: int
+    setting: str
+
+    def due(self, moment: Moment) -> str | None:
+        """See `Policy`."""
+        if moment.step % self.interval:
+            return None
+        return f"iteration {moment.step} is a multiple of {self.setting} ({self.interval})"
+
+
+@dataclass(frozen=True)
+class MinutesSinceSave:
+    """Met when the last persistent save is `minutes` ago."""
+
+    minutes: float
+
+    def due(self, moment: Moment) -> str | None:
+        """See `Policy`."""
+        if moment.seconds_since_save < 60 * self.minutes:
+            return None
+        return f"checkpoint.save_interval_minutes ({self.minutes:g}) has passed since the last save"
+
+
+@dataclass(frozen=True)
+class MinutesRunning:
+    """Met when training has run for `minutes`."""
+
+    minutes: float
+
+    def due(self, moment: Moment) -> str | None:
+        """See `Policy`."""
+        if moment.seconds_running < 60 * self.minutes:
+            return None
+        return f"train.exit_duration_in_mins ({self.minutes:g}) has passed"
+
+
+@dataclass(frozen=True)
+class OnSignal:
+    """Met when any rank has received the signal of this name."""
+
+    name: str
+
+    def due(self, moment: Moment) -> str | None:
+        """See `Policy`."""
+        return f"{self.name} was received" if self.name in moment.signals else None
+
+
+@dataclass(frozen=True)
+class OnRequest:
+    """Met when somebody has put the file `SAVE_NOW` into the save directory."""
+
+    def due(self, moment: Moment) -> str | None:
+        """See `Policy`."""
+        return f"{SAVE_NOW} was found in checkpoint.save" if moment.requested else None
+
+
+@dataclass(frozen=True)
+class AtIteration:
+    """Met from iteration `last` on."""
+
+    last: int
+
+    def due(self, moment: Moment) -> str | None:
+        """See `Policy`."""
+        return f"train.train_iters ({self.last}) reached" if moment.step >= self.last else None
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """Met when any of `policies` is; the first one that is says why."""
+
+    policies: tuple[Policy, ...] = ()
+
+    def due(self, moment: Moment) -> str | None:
+        """See `Policy`."""
+        return next((why for policy in self.policies if (why := policy.due(moment)) is not None), None)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows a step."""
+
+    save: SaveKind | None = None
+    why: str | None = None
+    """Why a checkpoint is saved, for the log."""
+    exit_reason: str | None = None
+    """Why training stops here; None lets it go on."""
+
+
+@dataclass(frozen=True)
+class SaveDecisions:
+    """Decides after each step what is saved and whether training goes on.
+
+    There is one decision a step, so no step is saved twice. A step that calls for both kinds of checkpoint gets
+    the persistent one, and so does every step that ends the run: what is left behind must be durable.
+    """
+
+    early_exit: Policy
+    end: Policy
+    persistent: Policy
+    """Calls for a persistent save while training goes on."""
+    non_persistent: Policy
+    has_directory: bool
+    """Whether there is a directory for persistent checkpoints; without it none are saved."""
+    saves_end: bool
+    """Whether the end of training is saved for its own sake."""
+
+    @classmethod
+    def of(cls, train: TrainingConfig, checkpoint: CheckpointConfig, train_iters: int) -> SaveDecisions:
+        """What the settings ask for."""
+        return cls(
+            early_exit=AnyOf(_exits(train)),
+            end=AtIteration(train_iters),
+            persistent=AnyOf(_persistent_saves(checkpoint)),
+            non_persistent=AnyOf(_non_persistent_saves(checkpoint)),
+            has_directory=checkpoint.save is not None,
+            saves_end=checkpoint.save_interval != 0,
+        )
+
+    def after_step(self, moment: Moment) -> Decision:
+        """What follows the step."""
+        early, end = self.early_exit.due(moment), self.end.due(moment)
+        exit_reason = end or early
+        if self.has_directory:
+            why = early or (end if self.saves_end else None) or self.persistent.due(moment)
+            if why is not None:
+                return Decision("persistent", why, exit_reason)
+        why = self.non_persistent.due(moment)
+        return Decision(None if why is None else "non-persistent", why, exit_reason)
+
+    def after_failed_step(self, reason: str, save: bool) -> Decision:
+        """What follows a step that was not taken: the run ends, and `save` tells whether the state is worth saving.
+
+        The last step may have been saved before; it is saved again, because why the run ends is part of the state.
+        """
+        saves = save and self.has_directory
+        return Decision("persistent" if saves else None, reason if saves else None, reason)
+
+
+def watched_signals(train: TrainingConfig, checkpoint: CheckpointConfig) -> tuple[str, ...]:
+    """Names of the signals that the settings give a meaning to, in the same order on every rank."""
+    exit_signal = train.exit_signal if train.exit_signal_handler else None
+    return tuple(name for name in (exit_signal, checkpoint.save_signal) if name is not None)
+
+
+def _exits(train: TrainingConfig) -> tuple[Policy, ...]:
+    policies: list[Policy] = []
+    if train.exit_signal_handler:
+        policies.append(OnSignal(train.exit_signal))
+    if train.exit_duration_in_mins is not None:
+        policies.append(MinutesRunning(train.exit_duration_in_mins))
+    if train.exit_interval:
+        policies.append(EveryIterations(train.exit_interval, "train.exit_interval"))
+    return tuple(policies)
+
+
+def _persistent_saves(checkpoint: CheckpointConfig) -> tuple[Policy, ...]:
+    policies: list[Policy] = [OnRequest()]
+    if checkpoint.save_signal is not None:
+        policies.append(OnSignal(checkpoint.save_signal))
+    if checkpoint.save_interval:
+        policies.append(EveryIterations(checkpoint.save_interval, "checkpoint.save_interval"))
+    if checkpoint.save_interval_minutes is not None:
+        policies.append(MinutesSinceSave(checkpoint.save_interval_minutes))
+    return tuple(policies)
+
+
+def _non_persistent_saves(checkpoint: CheckpointConfig) -> tuple[Policy, ...]:
+    interval = checkpoint.non_persistent_save_interval
+    if not interval:
+        return ()
+    return (EveryIterations(interval, "checkpoint.non_persistent_save_interval"),)

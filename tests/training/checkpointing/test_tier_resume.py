@@ -1,0 +1,175 @@
+"""Runs that crash between persistent checkpoints and go on from local ones or from memory, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge.training.callbacks import CallbackContext, CallbackManager
+from bridge.training.checkpointing import CheckpointSaveContext
+from bridge.training.setup import Run, setup
+from bridge.training.train import train
+from tests.distributed.launch import run_ranks
+from tests.training.checkpointing.keepers import end_all_keepers_below, end_keeper, keepers_of
+from tests.training.tiny import LAYOUTS, digests, run_to_end, tiny_config
+
+KINDS = ["local", "in_memory"]
+
+
+@pytest.fixture(autouse=True)
+def no_keepers_left(tmp_path: Path) -> Iterator[None]:
+    yield
+    end_all_keepers_below(tmp_path)
+
+
+def config(root: Path, kind: str, *, train_iters: int = 6, model: dict[str, Any] | None = None, **more: Any) -> Any:
+    """A run that saves persistently every 4 iterations and non-persistently at every other one."""
+    node = int(os.environ.get("RANK", "0")) // max(1, int(os.environ.get("WORLD_SIZE", "1")) // 2)
+    settings: dict[str, Any] = {
+        "save": str(root / "run"),
+        "load": str(root / "run"),
+        "save_interval": 4,
+        "non_persistent_save_interval": 1,
+        "non_persistent_ckpt_type": kind,
+    }
+    if kind == "local":
+        settings["non_persistent_local_ckpt_dir"] = str(root / f"node{node}")
+    return tiny_config(train_iters=train_iters, model=model or {}, checkpoint=settings | more)
+
+
+class Lost(Exception):
+    """Ends a run as a crash would."""
+
+
+def run_and_lose(cfg: Any, after: int) -> dict[int, dict[str, str]]:
+    """Train until iteration `after` is saved, then raise in the next; what the run was at each save."""
+
+    def lose(context: CallbackContext) -> None:
+        if context.state.train_state.step == after + 1:
+            raise Lost
+
+    callbacks = CallbackManager()
+    callbacks.register("on_train_step_end", lose)
+    run = setup(cfg, callbacks)
+    seen: dict[int, dict[str, str]] = {}
+    keep_digests(run, seen)
+    with pytest.raises(Lost):
+        train(run)
+    return seen
+
+
+def keep_digests(run: Run, seen: dict[int, dict[str, str]]) -> None:
+    """Have the manager note what the run was at each save, by iteration."""
+    save = run.manager.save
+
+    def save_and_note(context: CheckpointSaveContext, callbacks: CallbackManager | None) -> None:
+        save(context, callbacks)
+        seen[run.state.train_state.step] = digests(run)
+
+    run.manager.save = save_and_note  # type: ignore[method-assign]
+
+
+def resume(cfg: Any) -> tuple[str | None, int, dict[str, str]]:
+    run = setup(cfg)
+    return run.state.loaded_kind, run.state.train_state.step, digests(run)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["DP2", "TP2", "PP2 with VPP2", "EP2"])
+def test_a_restart_goes_on_from_the_newest_snapshot(tmp_path: Path, kind: str, layout: str) -> None:
+    size, model = LAYOUTS[layout]
+    algo = "atomic" if layout in ("TP2", "EP2") else "fully_parallel"
+    settings = {"model": model, "non_persistent_local_ckpt_algo": algo}
+    lost = run_ranks(lambda: run_and_lose(config(tmp_path, kind, **settings), after=3), size)
+    resumed = run_ranks(lambda: resume(config(tmp_path, kind, **settings)), size)
+    assert resumed == [(kind, 3, seen[3]) for seen in lost]
+    ended = run_ranks(lambda: run_to_end(config(tmp_path, kind, **settings)), size)
+    straight = run_ranks(lambda: run_to_end(config(tmp_path / "straight", kind, **settings)), size)
+    assert [each["digests"] for each in ended] == [each["digests"] for each in straight]
+    assert ended[0]["saved"][-1] == ("iter_0000006", 6, "persistent")
+
+
+def test_an_asynchronous_local_save_is_resumed_from(tmp_path: Path) -> None:
+    """The save of iteration 4 is published or not when the run is lost; that of 3 is, because 4 was begun after it."""
+    settings = {"async_save": True, "save_interval": 100}
+    lost = run_ranks(lambda: run_and_lose(config(tmp_path, "local", **settings), after=4), 2)
+    resumed = run_ranks(lambda: resume(config(tmp_path, "local", **settings)), 2)
+    step = resumed[0][1]
+    assert step in (3, 4)
+    assert resumed == [("local", step, seen[step]) for seen in lost]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_replaces_what_one_node_lost(tmp_path: Path, kind: str) -> None:
+    settings = {"replication": True, "replication_jump": 1, "replication_factor": 2}
+    lost = run_ranks(lambda: run_and_lose(config(tmp_path, kind, **settings), after=3), 2)
+    if kind == "local":
+        shutil.rmtree(tmp_path / "node1")
+    else:
+        end_keeper(tmp_path / "run", rank=1)
+    resumed = run_ranks(lambda: resume(config(tmp_path, kind, **settings)), 2)
+    assert resumed == [(kind, 3, seen[3]) for seen in lost]
+
+
+def test_without_copies_the_loss_of_a_node_goes_back_to_the_persistent_checkpoint(tmp_path: Path) -> None:
+    run_ranks(lambda: run_and_lose(config(tmp_path, "local", train_iters=9), after=6), 2)
+    shutil.rmtree(tmp_path / "node1")
+    resumed = run_ranks(lambda: resume(config(tmp_path, "local")), 2)
+    assert [(kind, step) for kind, step, _ in resumed] == [("persistent", 4)] * 2
+
+
+def test_a_damaged_snapshot_is_passed_over_on_all_ranks(tmp_path: Path) -> None:
+    run_ranks(lambda: run_and_lose(config(tmp_path, "local", train_iters=9), after=6), 2)
+    (file,) = (tmp_path / "node1").rglob("iter_0000006_1_local.pt")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    resumed = run_ranks(lambda: resume(config(tmp_path, "local")), 2)
+    assert [(kind, step) for kind, step, _ in resumed] == [("persistent", 4)] * 2
+
+
+def test_snapshots_of_other_parallel_sizes_are_passed_over(tmp_path: Path) -> None:
+    run_ranks(lambda: run_and_lose(config(tmp_path, "local", train_iters=9), after=6), 2)
+    tp2 = {"tensor_model_parallel_size": 2}
+    resumed = run_ranks(lambda: resume(config(tmp_path, "local", model=tp2, load_optim=False)), 2)
+    assert [(kind, step) for kind, step, _ in resumed] == [("persistent", 4)] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_rollback_left_behind_never_wins(tmp_path: Path, kind: str) -> None:
+    """W22: snapshots of iterations 5 to 7 exist when the run goes back to 4 and saves 5 again."""
+    run_ranks(lambda: run_and_lose(config(tmp_path, kind, train_iters=9, save_interval=4), after=7), 2)
+    back = run_ranks(lambda: run_and_lose(config(tmp_path, kind, ckpt_step=4), after=5), 2)
+    resumed = run_ranks(lambda: resume(config(tmp_path, kind)), 2)
+    assert resumed == [(kind, 5, seen[5]) for seen in back]
+
+
+def test_another_run_that_shares_the_directory_sees_nothing(tmp_path: Path) -> None:
+    shared = {"non_persistent_local_ckpt_dir": str(tmp_path / "shared")}
+    run_ranks(lambda: run_and_lose(config(tmp_path / "a", "local", **shared), after=3), 2)
+    resumed = run_ranks(lambda: resume(config(tmp_path / "b", "local", **shared)), 2)
+    assert [(kind, step) for kind, step, _ in resumed] == [(None, 0)] * 2
+    # Nor does the same directory of checkpoints, deleted and begun anew.
+    shutil.rmtree(tmp_path / "a" / "run")
+    resumed = run_ranks(lambda: resume(config(tmp_path / "a", "local", **shared)), 2)
+    assert [(kind, step) for kind, step, _ in resumed] == [(None, 0)] * 2
+
+
+def test_a_clean_end_frees_the_memory_and_a_crash_does_not(tmp_path: Path) -> None:
+    run_ranks(lambda: run_and_lose(config(tmp_path, "in_memory"), after=3), 2)
+    assert keepers_of(tmp_path / "run").keys() == {0, 1}
+    run_ranks(lambda: run_to_end(config(tmp_path, "in_memory")), 2)
+    assert keepers_of(tmp_path / "run") == {}
+
+
+def test_what_was_restored_from_memory_is_made_persistent_at_once(tmp_path: Path) -> None:
+    run_ranks(lambda: run_and_lose(config(tmp_path, "in_memory"), after=3), 2)
+    ended = run_ranks(lambda: run_to_end(config(tmp_path, "in_memory", train_iters=5)), 2)
+    assert ended[0]["saved"] == [
+        *(("iter_0000003", 3, "persistent"), ("iter_0000004", 4, "persistent"), ("iter_0000005", 5, "persistent")),
+    ]
