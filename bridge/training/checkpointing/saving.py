@@ -10,47 +10,32 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from bridge.training.callbacks import CallbackContext, CallbackManager, CheckpointInfo
-from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.attempting import attempt
-from bridge.training.checkpointing.collecting import LiveObjects, collect
-from bridge.training.checkpointing.contents.extra_state import is_model_section
+from bridge.training.checkpointing.collecting import LiveObjects
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError
 from bridge.training.checkpointing.failure_policy import FailurePolicy
-from bridge.training.checkpointing.formats import torch_dist
-from bridge.training.checkpointing.parallel import Layout, default_pg_collection
+from bridge.training.checkpointing.parallel import default_pg_collection
 from bridge.training.checkpointing.preparing import prepare
 from bridge.training.checkpointing.queue import finish_saves, is_empty_async_queue, queue_of
 from bridge.training.checkpointing.resolve import NAMES
 from bridge.training.checkpointing.retention import MostRecent, policies_of
 from bridge.training.checkpointing.retrying import with_retries
-from bridge.training.checkpointing.room import (
-    require_recent_size,
-    require_snapshot_size,
-    require_state_size,
-    room_for,
-)
+from bridge.training.checkpointing.save_plans import SaveJob, plan_save
 from bridge.training.checkpointing.sweeper import needed_again, sweep_after_save
 from bridge.training.checkpointing.tiers import NonPersistentTier
 from bridge.training.checkpointing.tiers.global_directory import directory_of
-from bridge.training.checkpointing.tiers.rank_local import RankLocalTier, plan_rank_local_save
-from bridge.training.checkpointing.transaction import Committed, Save, SaveTarget, SaveTask
+from bridge.training.checkpointing.tiers.rank_local import RankLocalTier
+from bridge.training.checkpointing.transaction import Committed, SaveTarget, SaveTask
 from bridge.training.checkpointing.trash import trash_of
 
 logger = logging.getLogger(__name__)
-
-SAVE_STRATEGY = "save_strategy"
-"""Key of the checkpointing context: the format's strategy, kept between saves."""
-
-SNAPSHOT_STRUCTURE = "local_checkpoint_cache"
-"""Key of the checkpointing context: how ranks share the state in local and in-memory checkpoints."""
 
 
 def save_checkpoint(
@@ -127,15 +112,14 @@ def save_checkpoint(
         _announce(committed, state, model, optimizer, opt_param_scheduler, callback_manager)
         ranks.first("removing older checkpoints", lambda: _retain(committed, state, context))
 
-    options = _Options(cfg, context, groups, preprocess_common_state_dict_fn)
+    job = SaveJob(
+        target, tier, live, context, announce, started, prebuilt_state_dict, preprocess_common_state_dict_fn
+    )
 
     def save() -> None:
         if tier is not None:
             tier.forget_newer(target.iteration, ranks)
-        if isinstance(tier, RankLocalTier) and target.kind == tier.kind:
-            task = _plan_rank_local_save(target, tier, live, prebuilt_state_dict, options, ranks, announce, started)
-        else:
-            task = _plan_directory_save(target, live, prebuilt_state_dict, options, ranks, announce, started)
+        task = plan_save(job, ranks)
         try:
             _carry_out(task, state, ranks)
         except BaseException:
@@ -157,98 +141,6 @@ def _target(cfg: Any, tier: NonPersistentTier | None, iteration: int, non_persis
         )
     directory = tier.store.snapshot_path(iteration).parent if isinstance(tier, RankLocalTier) else directory_of(cfg)
     return SaveTarget(directory, iteration, tier.kind)
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What the caller and the configuration say about a save."""
-
-    cfg: Any
-    context: dict[str, Any]
-    groups: Any
-    preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None
-
-
-def _plan_directory_save(
-    target: SaveTarget,
-    live: LiveObjects,
-    prebuilt_state_dict: dict[str, Any] | None,
-    options: _Options,
-    ranks: Ranks,
-    announce: Callable[[Committed], None],
-    started: float,
-) -> SaveTask:
-    """Capture the state and plan its writing into a staging directory, which is removed if that fails."""
-    cfg, context, policy = options.cfg, options.context, FailurePolicy.of(options.cfg)
-    room = room_for(target, live.state, context)
-
-    def begin() -> tuple[Path, bool]:
-        is_checked = require_recent_size(room, target.iteration)
-        return commit.begin_staging(target.save_dir, target.iteration), is_checked
-
-    staging, room_is_checked = ranks.first(
-        "making the staging directory", lambda: with_retries("making the staging directory", begin, policy, rank=0)
-    )
-    try:
-        contents = collect(live, prebuilt_state_dict, ranks)
-        if not room_is_checked:
-            require_state_size(room, contents.state_dict, target.iteration, ranks)
-        payload, context[SAVE_STRATEGY] = torch_dist.plan_save(
-            contents.state_dict,
-            staging,
-            contents.content_metadata,
-            ranks,
-            strategy=context.get(SAVE_STRATEGY),
-            writers_per_rank=cfg.storage_writers_per_rank,
-            parallelization_group=options.groups.dp_cp if cfg.fully_parallel_save else None,
-            preprocess_common=options.preprocess_common,
-            assume_constant_structure=cfg.ckpt_assume_constant_structure,
-        )
-        layout = Layout.of(options.groups, _chunks_in(contents.state_dict))
-        return Save(
-            target,
-            staging,
-            payload,
-            contents.sidecars,
-            layout,
-            announce,
-            started,
-            metrics=dict(live.state.metrics),
-            policy=policy,
-        )
-    except BaseException:
-        if ranks.is_first:
-            commit.abandon(staging)
-        raise
-
-
-def _plan_rank_local_save(
-    target: SaveTarget,
-    tier: RankLocalTier,
-    live: LiveObjects,
-    prebuilt_state_dict: dict[str, Any] | None,
-    options: _Options,
-    ranks: Ranks,
-    announce: Callable[[Committed], None],
-    started: float,
-) -> SaveTask:
-    """Capture the state as one snapshot a rank."""
-    contents = collect(live, prebuilt_state_dict, ranks)
-    save = plan_rank_local_save(
-        contents,
-        target,
-        tier.store,
-        ranks,
-        algo=options.cfg.non_persistent_local_ckpt_algo,
-        group=options.groups.dp_cp,
-        layout=Layout.of(options.groups, _chunks_in(contents.state_dict)),
-        announce=announce,
-        started=started,
-        structure=options.context.get(SNAPSHOT_STRUCTURE),
-    )
-    options.context[SNAPSHOT_STRUCTURE] = save.structure
-    require_snapshot_size(save, options.cfg, ranks)
-    return save
 
 
 def _carry_out(save: SaveTask, state: Any, ranks: Ranks) -> None:
@@ -298,11 +190,6 @@ def _finish_earlier_saves(state: Any) -> CheckpointError | None:
             waited,
         )
     return failed
-
-
-def _chunks_in(state_dict: dict[str, Any]) -> int:
-    """Model chunks of this rank; counted in what is saved, because a prebuilt state dict may outlive its model."""
-    return sum(1 for key in state_dict if is_model_section(key))
 
 
 def _retain(committed: Committed, state: Any, context: dict[str, Any]) -> None:

@@ -1,0 +1,125 @@
+"""The plan of one save: capture the state, and make of it what is written, in the form that the destination has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridge.training.checkpointing import commit
+from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.collecting import LiveObjects, collect
+from bridge.training.checkpointing.contents.extra_state import is_model_section
+from bridge.training.checkpointing.failure_policy import FailurePolicy
+from bridge.training.checkpointing.formats import torch_dist
+from bridge.training.checkpointing.parallel import Layout
+from bridge.training.checkpointing.retrying import with_retries
+from bridge.training.checkpointing.room import (
+    require_recent_size,
+    require_snapshot_size,
+    require_state_size,
+    room_for,
+)
+from bridge.training.checkpointing.tiers import NonPersistentTier
+from bridge.training.checkpointing.tiers.rank_local import RankLocalTier, plan_rank_local_save
+from bridge.training.checkpointing.transaction import Committed, Save, SaveTarget, SaveTask
+
+SAVE_STRATEGY = "save_strategy"
+"""Key of the checkpointing context: what the format keeps between saves."""
+
+SNAPSHOT_STRUCTURE = "local_checkpoint_cache"
+"""Key of the checkpointing context: how ranks share the state in local and in-memory checkpoints."""
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """Everything that goes into one save."""
+
+    target: SaveTarget
+    tier: NonPersistentTier | None
+    live: LiveObjects
+    context: dict[str, Any]
+    """The checkpointing context."""
+    announce: Callable[[Committed], None]
+    """Called on every rank when the checkpoint is published."""
+    started: float
+    """When the save began, by the monotonic clock."""
+    prebuilt_state_dict: dict[str, Any] | None = None
+    preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+    @property
+    def cfg(self) -> Any:
+        """The checkpoint configuration."""
+        return self.live.state.cfg.checkpoint
+
+
+def plan_save(job: SaveJob, ranks: Ranks) -> SaveTask:
+    """Capture the state and plan its writing. Collective.
+
+    Raises:
+        CheckpointError: on every rank; nothing of the save is left.
+    """
+    if isinstance(job.tier, RankLocalTier) and job.target.kind == job.tier.kind:
+        return _plan_snapshots(job, job.tier, ranks)
+    return _plan_directory(job, ranks)
+
+
+def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
+    target, cfg, groups, policy = job.target, job.cfg, job.live.groups, FailurePolicy.of(job.cfg)
+    room = room_for(target, job.live.state, job.context)
+
+    def begin() -> tuple[Path, bool]:
+        is_checked = require_recent_size(room, target.iteration)
+        return commit.begin_staging(target.save_dir, target.iteration), is_checked
+
+    phase = "making the staging directory"
+    staging, room_is_checked = ranks.first(phase, lambda: with_retries(phase, begin, policy, rank=0))
+    try:
+        contents = collect(job.live, job.prebuilt_state_dict, ranks)
+        if not room_is_checked:
+            require_state_size(room, contents.state_dict, target.iteration, ranks)
+        layout = _layout(groups, contents.state_dict)
+        payload, job.context[SAVE_STRATEGY] = torch_dist.plan_save(
+            contents.state_dict,
+            staging,
+            contents.content_metadata,
+            ranks,
+            strategy=job.context.get(SAVE_STRATEGY),
+            writers_per_rank=cfg.storage_writers_per_rank,
+            parallelization_group=groups.dp_cp if cfg.fully_parallel_save else None,
+            preprocess_common=job.preprocess_common,
+            assume_constant_structure=cfg.ckpt_assume_constant_structure,
+        )
+        metrics = dict(job.live.state.metrics)
+        return Save(
+            target, staging, payload, contents.sidecars, layout, job.announce, job.started, metrics, policy=policy
+        )
+    except BaseException:
+        if ranks.is_first:
+            commit.abandon(staging)
+        raise
+
+
+def _plan_snapshots(job: SaveJob, tier: RankLocalTier, ranks: Ranks) -> SaveTask:
+    contents = collect(job.live, job.prebuilt_state_dict, ranks)
+    save = plan_rank_local_save(
+        contents,
+        job.target,
+        tier.store,
+        ranks,
+        algo=job.cfg.non_persistent_local_ckpt_algo,
+        group=job.live.groups.dp_cp,
+        layout=_layout(job.live.groups, contents.state_dict),
+        announce=job.announce,
+        started=job.started,
+        structure=job.context.get(SNAPSHOT_STRUCTURE),
+    )
+    job.context[SNAPSHOT_STRUCTURE] = save.structure
+    require_snapshot_size(save, job.cfg, ranks)
+    return save
+
+
+def _layout(groups: Any, state_dict: dict[str, Any]) -> Layout:
+    # Chunks are counted in what is saved, because a prebuilt state dict may outlive its model.
+    return Layout.of(groups, sum(1 for key in state_dict if is_model_section(key)))
