@@ -4,6 +4,7 @@ import importlib.util
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -29,10 +30,23 @@ def test_every_field_has_an_entry_with_an_example_that_sets_it() -> None:
     assert set(generator.EXAMPLES) == set(names)
 
 
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "load_main_params_from_ckpt": {"load_optim": False},
+    "non_persistent_save_interval": {"non_persistent_ckpt_type": "global"},
+    "non_persistent_ckpt_type": {"non_persistent_local_ckpt_dir": "/local/checkpoints"},
+    "replication": {"non_persistent_ckpt_type": "in_memory", "replication_jump": 8},
+    "retain_best_k": {"retain_best_metric": "loss"},
+    "retain_best_metric": {"retain_best_k": 1},
+    "retain_best_mode": {"retain_best_k": 1, "retain_best_metric": "loss"},
+    "retain_iterations": {"most_recent_k": 1},
+}
+"""What the example of a field stands beside."""
+
+
 def test_the_examples_are_refused_only_where_the_page_says_so() -> None:
     rest = {"save": "runs/mine", "load": "runs/mine", "pretrained_checkpoint": "runs/base"}
     for name, value in generator.EXAMPLES.items():
-        settings = rest | {name: value} | ({"load_optim": False} if name == "load_main_params_from_ckpt" else {})
+        settings = rest | COMPANIONS.get(name, {}) | {name: value}
         problems = CheckpointConfig(**settings).violations()
         refused = f"checkpoint.{name}" in NOT_AVAILABLE and value != getattr(CheckpointConfig(), name)
         assert bool(problems) == refused, (name, problems)

@@ -98,7 +98,7 @@ def test_a_gathered_buffer_of_unknown_order_is_not_saved() -> None:
     buffer = SimpleNamespace(buckets=buckets, numel=256, numel_unpadded=128)
     gathered = {0: {"fp32": {name: torch.zeros(100) for name in ("param", "exp_avg", "exp_avg_sq")}}}
     optimizer = SimpleNamespace(buffers=[buffer], get_parameter_state_dp_zero=lambda: gathered)
-    with padding_between_buckets([optimizer]), pytest.raises(CheckpointSaveError) as caught:
+    with pytest.raises(CheckpointSaveError) as caught, padding_between_buckets([optimizer]):
         optimizer.get_parameter_state_dp_zero()
     assert str(caught.value) == (
         "megatron-core gathered 100 elements of a buffer that has 128 without padding; which belong to which parameter "

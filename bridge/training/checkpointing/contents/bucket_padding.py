@@ -32,23 +32,31 @@ def padding_between_buckets(optimizers: Sequence[Any]) -> Iterator[None]:
 
     Args:
         optimizers: unchained optimizers; those that gather nothing are left alone.
+
+    Raises:
+        CheckpointSaveError: at the end of the context, on the rank that gathers: other ranks gather for the next
+            optimizer meanwhile and must not wait for it.
     """
     repaired = [
         optimizer for optimizer in optimizers if any(map(is_padded_between_buckets, getattr(optimizer, "buffers", ())))
     ]
+    problems: list[str] = []
     for optimizer in repaired:
-        optimizer.get_parameter_state_dp_zero = _Gather(optimizer)  # hides the method of the class
+        optimizer.get_parameter_state_dp_zero = _Gather(optimizer, problems)  # hides the method of the class
     try:
         yield
     finally:
         for optimizer in repaired:
             del optimizer.get_parameter_state_dp_zero
+    if problems:
+        raise CheckpointSaveError(problems[0])
 
 
 class _Gather:
     """megatron-core's gathering, with each buffer's buckets put where its parameters are looked for."""
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, problems: list[str]) -> None:
+        self._problems = problems
         self._buffers = optimizer.buffers
         self._gather = optimizer.get_parameter_state_dp_zero
 
@@ -58,22 +66,22 @@ class _Gather:
             for index, buffer in enumerate(self._buffers):
                 for tensors in state[index].values():
                     for name in _GATHERED:
-                        tensors[name] = _spread(tensors[name], buffer)
+                        tensors[name] = self._spread(tensors[name], buffer)
         return state
 
-
-def _spread(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """The buckets of a buffer, one after the other in `packed`, at their offsets in the buffer."""
-    if packed.numel() != buffer.numel_unpadded:
-        raise CheckpointSaveError(
-            f"megatron-core gathered {packed.numel()} elements of a buffer that has {buffer.numel_unpadded} without "
-            "padding; which belong to which parameter is not known, so the optimizer state is not written. Set "
-            "checkpoint.dist_ckpt_optim_fully_reshardable: false, or avoid several buckets in a buffer with "
-            "model.share_embeddings_and_output_weights: false and ddp.overlap_grad_reduce: false"
-        )
-    spread = torch.zeros(buffer.numel, dtype=packed.dtype, device=packed.device)
-    start = 0
-    for bucket in buffer.buckets:
-        spread[bucket.offset :][: bucket.numel_unpadded] = packed[start : start + bucket.numel_unpadded]
-        start += bucket.numel_unpadded
-    return spread
+    def _spread(self, packed: torch.Tensor, buffer: Any) -> torch.Tensor:
+        """The buckets of a buffer, one after the other in `packed`, at their offsets in the buffer."""
+        spread = torch.zeros(buffer.numel, dtype=packed.dtype, device=packed.device)
+        if packed.numel() != buffer.numel_unpadded:
+            self._problems.append(
+                f"megatron-core gathered {packed.numel()} elements of a buffer that has {buffer.numel_unpadded} "
+                "without padding; which belong to which parameter is not known, so the optimizer state is not "
+                "written. Set checkpoint.dist_ckpt_optim_fully_reshardable: false, or avoid several buckets in a "
+                "buffer with model.share_embeddings_and_output_weights: false and ddp.overlap_grad_reduce: false"
+            )
+            return spread
+        start = 0
+        for bucket in buffer.buckets:
+            spread[bucket.offset :][: bucket.numel_unpadded] = packed[start : start + bucket.numel_unpadded]
+            start += bucket.numel_unpadded
+        return spread
