@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
 from bridge.cli import memory, rescue
-from bridge.training.logs import quiet_library_warnings
+from bridge.training.logs import configure_logging, quiet_library_warnings
 
 COMMANDS = (rescue, memory)
-"""Modules with `add_to(subparsers)`, which sets the default `run`: a function of the options that returns the status."""
+"""Modules with `add_to(subparsers)`. What that adds sets the default `run`: options in, exit status out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 after an error, which is one line on standard error. Wrong arguments end the process
         with status 2.
     """
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    options = make_parser().parse_args(arguments)
+    configure_logging("WARNING", rank=0, world_size=1)
     quiet_library_warnings()
     try:
         from bridge import accelerator
@@ -38,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """What understands the command line; its options have `run`, which carries the command out."""
     parser = argparse.ArgumentParser(prog="bridge-ckpt", description="Work with checkpoints from a shell.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bridge.cli.main import make_parser
 from bridge.training.config import CheckpointConfig, ConfigContainer, load_config
 from bridge.training.config.availability import NOT_AVAILABLE
 
@@ -163,6 +164,8 @@ def test_bash_blocks_are_commands_that_exist(block: Block) -> None:
             continue
         if words[0] == "make":
             assert_make_targets_exist(words[1:])
+        elif words[0] == "bridge-ckpt":
+            make_parser().parse_args(words[1:])  # ends the process if it does not understand
         else:
             assert words[0] in {"python", ".venv/bin/python"}, f"{block}: no rule to check {words[0]!r}"
             assert_script_accepts(words[1:])

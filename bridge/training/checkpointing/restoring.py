@@ -10,6 +10,7 @@ from typing import Any
 
 from bridge.training.checkpointing.adapter_plan import adapters_of_run, other_base, require_adapters
 from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.contents.dataloader import DataloaderState
 from bridge.training.checkpointing.contents.glu import model_glu_sizes, require_same_optimizer_order
 from bridge.training.checkpointing.contents.main_params import load_main_params, with_full_precision
 from bridge.training.checkpointing.contents.model import load_model_state_dict
@@ -140,6 +141,7 @@ def _read_and_apply(
     restores_rerun = plan.rerun is not None and plan.rerun.restore
     if restores_rerun:
         template[RERUN] = rerun_template()
+    iterator_state = ranks.run("reading the state of the data iterator", lambda: _iterator_state(stored, plan, live))
     loaded = stored.load(
         template,
         ranks,
@@ -151,8 +153,10 @@ def _read_and_apply(
 
     ranks.run(
         "applying the checkpoint",
-        lambda: _apply(loaded.state_dict, stored, plan, live, strict=strict and not loaded.dropped),
+        lambda: _apply(loaded.state_dict, plan, live, strict=strict and not loaded.dropped),
     )
+    if plan.data_iterator.restore:
+        live.state.dataloader_state = iterator_state
     if live.optimizer is not None and plan.optimizer.restore:
         ranks.run("sharing the main parameters", lambda: share_main_params(live.optimizer))
 
@@ -193,10 +197,14 @@ def _template(saved: Saved, plan: LoadPlan, live: LiveState) -> dict[str, Any]:
     return template
 
 
-def _apply(loaded: dict[str, Any], stored: StoredCheckpoint, plan: LoadPlan, live: LiveState, *, strict: bool) -> None:
-    if plan.data_iterator.restore:
-        data_parallel = live.groups.dp
-        live.state.dataloader_state = stored.data_iterator_state(data_parallel.rank(), data_parallel.size())
+def _iterator_state(stored: StoredCheckpoint, plan: LoadPlan, live: LiveState) -> DataloaderState | None:
+    if not plan.data_iterator.restore:
+        return None
+    data_parallel = live.groups.dp
+    return stored.data_iterator_state(data_parallel.rank(), data_parallel.size())
+
+
+def _apply(loaded: dict[str, Any], plan: LoadPlan, live: LiveState, *, strict: bool) -> None:
     if "checkpoint_version" in loaded:
         set_checkpoint_version(loaded["checkpoint_version"])
     if live.state.peft is None:

@@ -153,7 +153,7 @@ class Runs:
     ("function", "message"),
     [
         (os.system, r"tries to run code when it is loaded \(posix.system\); delete it"),
-        (eval, r"an object of the class eval, which loading does not allow"),
+        (eval, r"tries to run code when it is loaded"),
         (Path.touch, "getattr"),
     ],
 )

@@ -24,7 +24,9 @@ from bridge.training.checkpointing.transaction import merged_metrics
 from bridge.training.checkpointing.trash import Trash, trash_of
 from bridge.training.config import CheckpointConfig
 from bridge.training.state import TrainState
+from tests.distributed.launch import run_ranks
 from tests.faults.killing import run_until
+from tests.training.tiny import run_to_end, tiny_config
 
 NEWEST: list[Policy] = [MostRecent(1)]
 
@@ -291,6 +293,23 @@ def test_a_kill_at_any_operation_of_a_sweep_leaves_only_whole_checkpoints_and_th
         sweep_to_the_end(str(save_dir))
         assert visible(save_dir) == {"iter_0000050"}
         assert not [entry.name for entry in save_dir.iterdir() if is_leftover(entry.name)]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_run_keeps_what_its_settings_say_and_nothing_of_the_rest(tmp_path: Path, async_save: bool) -> None:
+    save_dir = tmp_path / "save"
+    checkpoint = {
+        **{"save": str(save_dir), "save_interval": 1, "async_save": async_save, "most_recent_k": 1},
+        **{"retain_iterations": [2], "retain_best_k": 1, "retain_best_metric": "loss", "retain_best_mode": "max"},
+    }
+    (outcome, _) = run_ranks(run_to_end, 2, tiny_config(train_iters=6, checkpoint=checkpoint))
+    assert [iteration for _, iteration, _ in outcome["saved"]] == [1, 2, 3, 4, 5, 6]
+    entries = {entry.iteration: entry for entry in committed_entries(list_checkpoints(save_dir))}
+    assert all(entry.metrics.keys() == {"loss", "grad_norm"} for entry in entries.values())
+    assert entries.keys() >= {2, 6}
+    best = max(entries.values(), key=lambda entry: entry.metrics["loss"]).iteration
+    assert visible(save_dir) == {f"iter_{iteration:07d}" for iteration in {2, 6, best}}
+    assert not [entry.name for entry in save_dir.iterdir() if is_leftover(entry.name)]
 
 
 # cleanup_old_non_persistent_checkpoint

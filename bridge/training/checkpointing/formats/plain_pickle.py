@@ -122,10 +122,8 @@ def _stop(machine: _Machine) -> None:
 
 
 def _unknown(machine: _Machine) -> None:
-    position = machine.position - 1
-    raise PickleError(
-        f"it uses an operation that plain data does not need: {machine.data[position]:#04x} at {position}"
-    )
+    at = machine.position - 1
+    raise PickleError(f"it uses an operation that plain data does not need: {machine.data[at]:#04x} at byte {at}")
 
 
 def _protocol(machine: _Machine) -> None:
