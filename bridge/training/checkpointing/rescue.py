@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.utils import _sharded_object_id, _sharded_tensor_shard_id
+from torch._C._distributed_c10d import HashStore
 
 from bridge.training.checkpointing import commit, ownership
 from bridge.training.checkpointing.agreement import Ranks
@@ -205,7 +206,7 @@ def _process_group_of_one() -> Iterator[Ranks]:
     """What megatron-core's planning asks for even where there is nobody to talk to."""
     if dist.is_initialized():
         raise CheckpointSaveError("a rescue is the work of one process without torch.distributed; start one for it")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield Ranks.current()
     finally:

@@ -112,9 +112,7 @@ def save_checkpoint(
         _announce(committed, state, model, optimizer, opt_param_scheduler, callback_manager)
         ranks.first("removing older checkpoints", lambda: _retain(committed, state, context))
 
-    job = SaveJob(
-        target, tier, live, context, announce, started, prebuilt_state_dict, preprocess_common_state_dict_fn
-    )
+    job = SaveJob(target, tier, live, context, announce, started, prebuilt_state_dict, preprocess_common_state_dict_fn)
 
     def save() -> None:
         if tier is not None:

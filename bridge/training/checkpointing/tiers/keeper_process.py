@@ -420,7 +420,8 @@ def main(session: str, rank: str, limit: str, idle_seconds: str) -> int:
         signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: keeper.end())
     keeper.serve()
-    return 0
+    # At once: who waits for the end of a connection waits for the end of this process.
+    os._exit(0)
 
 
 if __name__ == "__main__":
