@@ -16,7 +16,7 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Carry it out; return the exit status."""
     from bridge.training.checkpointing.errors import CheckpointError
-    from bridge.training.checkpointing.tiers.keeper_readers import describe_keeper, running_keepers
+    from bridge.training.checkpointing.tiers.memory.keeper_readers import describe_keeper, running_keepers
 
     print(f"{'session':<16}  {'rank':>4}  {'process':>7}  {'memory':>12}  iterations")
     for session, rank in running_keepers():

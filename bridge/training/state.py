@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bridge.training.callbacks import CheckpointKind
+from bridge.training.checkpointing.failures.history import SaveFailures
 from bridge.training.checkpointing.queue import SaveQueue
-from bridge.training.checkpointing.save_failures import SaveFailures
 
 if TYPE_CHECKING:
     from bridge.peft import PEFT

@@ -97,7 +97,7 @@ def _print(results: dict[str, Result], raw: dict[str, float], size: int) -> None
 
 
 def _measured(tier: str, root: Path, options: argparse.Namespace) -> Result:
-    from bridge.training.checkpointing.tiers.keeper_readers import release_session
+    from bridge.training.checkpointing.tiers.memory.keeper_readers import release_session
     from bridge.training.checkpointing.tiers.session import SESSION, session_of
 
     try:

@@ -22,14 +22,14 @@ from bridge.training.checkpointing.errors import CheckpointNotFoundError
 from bridge.training.checkpointing.integrity import read_manifest
 from bridge.training.checkpointing.layout import LEGACY_TRACKER, TRACKER
 from bridge.training.checkpointing.rescue import Held, newest_complete
-from bridge.training.checkpointing.safe_globals import load_torch_file
+from bridge.training.checkpointing.safety.safe_globals import load_torch_file
 from bridge.training.checkpointing.source import require_whole
 from bridge.training.checkpointing.tiers.session import session_of
 from tests.distributed.launch import run_ranks
 from tests.faults.killing import run_until
-from tests.training.checkpointing.keepers import end_all_keepers_below, end_keeper, keepers_of
 from tests.training.checkpointing.test_interop import STOCK_MCORE, run_stock
-from tests.training.checkpointing.test_tier_resume import resume, run_and_lose
+from tests.training.checkpointing.tiers.keepers import end_all_keepers_below, end_keeper, keepers_of
+from tests.training.checkpointing.tiers.test_tier_resume import resume, run_and_lose
 from tests.training.tiny import LAYOUTS, tiny_config
 
 

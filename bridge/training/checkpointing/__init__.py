@@ -72,6 +72,9 @@ from bridge.training.checkpointing.queue import (
     maybe_finalize_async_save,
     schedule_async_save,
 )
+from bridge.training.checkpointing.retention.sweeper import (
+    remove_old_checkpoints as cleanup_old_non_persistent_checkpoint,
+)
 from bridge.training.checkpointing.saving import save_checkpoint
 from bridge.training.checkpointing.stages import DIRECT_ITERATION_DIRECTORY as _DIRECT_ITERATION_DIR_SENTINEL
 from bridge.training.checkpointing.stages import CheckpointType, init_checkpointing_context
@@ -87,7 +90,6 @@ from bridge.training.checkpointing.stages import (
     load_non_persistent_base_checkpoint as _load_non_persistent_base_checkpoint,
 )
 from bridge.training.checkpointing.stages import resolve_checkpoint_iteration as _resolve_checkpoint_iteration
-from bridge.training.checkpointing.sweeper import remove_old_checkpoints as cleanup_old_non_persistent_checkpoint
 
 logger = getLogger(__name__)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.training.checkpointing.adapter_plan import adapters_of_run
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.contents.dataloader import dataloader_sidecar
 from bridge.training.checkpointing.contents.glu import CONTENT_KEY, model_glu_sizes
@@ -27,6 +26,7 @@ from bridge.training.checkpointing.contents.state_dict import RNG, joined, optim
 from bridge.training.checkpointing.contents.tokenizer import tokenizer_sidecars
 from bridge.training.checkpointing.contents.train_state import train_state_sidecar
 from bridge.training.checkpointing.contents.vocabulary import VOCABULARY, vocabulary_size
+from bridge.training.checkpointing.plans.adapters import adapters_of_run
 from bridge.training.checkpointing.sidecar import Sidecar
 from bridge.training.checkpointing.transaction import Contents
 

@@ -41,7 +41,7 @@ from bridge.training.checkpointing.layout import (
     new_trash_name,
     staged_name,
 )
-from bridge.training.checkpointing.trash import trash_of
+from bridge.training.checkpointing.retention.trash import trash_of
 
 logger = logging.getLogger(__name__)
 

@@ -30,9 +30,9 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import CheckpointDamagedError, NotEnoughSpaceError
 from bridge.training.checkpointing.integrity import Manifest, read_manifest
 from bridge.training.checkpointing.layout import TRASH_PREFIX, iteration_name, list_checkpoints
-from bridge.training.checkpointing.retention import Entry, Policy, removable
-from bridge.training.checkpointing.sweeper import committed_entries
-from bridge.training.checkpointing.trash import Trash
+from bridge.training.checkpointing.retention.policies import Entry, Policy, removable
+from bridge.training.checkpointing.retention.sweeper import committed_entries
+from bridge.training.checkpointing.retention.trash import Trash
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from bridge.training.checkpointing.errors import (
 )
 from bridge.training.checkpointing.layout import list_checkpoints, parse_iteration_name
 from bridge.training.checkpointing.parallel import default_pg_collection
-from bridge.training.checkpointing.plan import Saved
+from bridge.training.checkpointing.plans.load_plan import Saved
 from bridge.training.checkpointing.preparing import prepare
 from bridge.training.checkpointing.resolve import Persistent, Source, preference
 from bridge.training.checkpointing.restoring import LiveState, restore
-from bridge.training.checkpointing.safe_globals import allow
+from bridge.training.checkpointing.safety.safe_globals import allow
 from bridge.training.checkpointing.source import find_source
 from bridge.training.checkpointing.stored import DirectoryCheckpoint, StoredCheckpoint
 from bridge.training.checkpointing.tiers import NonPersistentTier

@@ -12,8 +12,8 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.loading import load_checkpoint
 from bridge.training.checkpointing.preparing import release
 from bridge.training.checkpointing.queue import maybe_finalize_async_save
+from bridge.training.checkpointing.retention.trash import trash_of
 from bridge.training.checkpointing.saving import save_checkpoint
-from bridge.training.checkpointing.trash import trash_of
 
 _DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _METHODS = ("save", "load", "finalize_async_saves")

@@ -91,7 +91,7 @@ def _make_store(checkpoint_config: Any, session: str) -> RankLocalStore:
         from bridge.training.checkpointing.tiers.local import make_local_manager
 
         return make_local_manager(checkpoint_config, session)
-    from bridge.training.checkpointing.tiers.in_memory import make_in_memory_manager
+    from bridge.training.checkpointing.tiers.memory.in_memory import make_in_memory_manager
 
     return make_in_memory_manager(checkpoint_config, session)
 

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.background import ForkedCall
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError, RankLostError
-from bridge.training.checkpointing.failure_policy import FailurePolicy
+from bridge.training.checkpointing.failures.policy import FailurePolicy
 
 logger = logging.getLogger(__name__)
 

@@ -36,11 +36,11 @@ from bridge.training.checkpointing.errors import (
 from bridge.training.checkpointing.formats import torch_dist
 from bridge.training.checkpointing.layout import list_checkpoints
 from bridge.training.checkpointing.parallel import Layout
-from bridge.training.checkpointing.safe_globals import allow
+from bridge.training.checkpointing.safety.safe_globals import allow
 from bridge.training.checkpointing.sidecar import Sidecar
 from bridge.training.checkpointing.source import read_tracker
 from bridge.training.checkpointing.tiers import snapshot
-from bridge.training.checkpointing.tiers.keeper_readers import OpenSnapshot, release_session, stored_snapshots
+from bridge.training.checkpointing.tiers.memory.keeper_readers import OpenSnapshot, release_session, stored_snapshots
 from bridge.training.checkpointing.tiers.record import CONTENT_METADATA, KEY, SnapshotRecord
 from bridge.training.checkpointing.tiers.session import SESSION, session_of
 from bridge.training.checkpointing.transaction import Committed, Save, SaveTarget

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.training.checkpointing.adapter_plan import adapters_of_run, other_base, require_adapters
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.contents.dataloader import DataloaderState
 from bridge.training.checkpointing.contents.glu import model_glu_sizes, require_same_optimizer_order
@@ -28,8 +27,9 @@ from bridge.training.checkpointing.contents.state_dict import RNG, generate_stat
 from bridge.training.checkpointing.contents.version import set_checkpoint_version
 from bridge.training.checkpointing.contents.vocabulary import vocabulary_size
 from bridge.training.checkpointing.parallel import Layout
-from bridge.training.checkpointing.plan import LoadPlan, Saved, Wanted, plan_load
-from bridge.training.checkpointing.rng_plan import request_rng
+from bridge.training.checkpointing.plans.adapters import adapters_of_run, other_base, require_adapters
+from bridge.training.checkpointing.plans.load_plan import LoadPlan, Saved, Wanted, plan_load
+from bridge.training.checkpointing.plans.random_states import request_rng
 from bridge.training.checkpointing.stored import StoredCheckpoint
 
 logger = logging.getLogger(__name__)

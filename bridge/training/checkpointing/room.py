@@ -6,12 +6,12 @@ from typing import Any
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.disk import Estimate, SharedDirectory, require_local, state_bytes
-from bridge.training.checkpointing.retention import MostRecent, policies_of
-from bridge.training.checkpointing.sweeper import needed_again
+from bridge.training.checkpointing.retention.policies import MostRecent, policies_of
+from bridge.training.checkpointing.retention.sweeper import needed_again
+from bridge.training.checkpointing.retention.trash import trash_of
 from bridge.training.checkpointing.tiers.global_directory import SETTING
 from bridge.training.checkpointing.tiers.rank_local import RankLocalSave
 from bridge.training.checkpointing.transaction import SaveTarget
-from bridge.training.checkpointing.trash import trash_of
 
 
 def room_for(target: SaveTarget, state: Any, context: dict[str, Any]) -> SharedDirectory | None:

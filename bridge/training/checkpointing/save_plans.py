@@ -11,10 +11,10 @@ from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.collecting import LiveObjects, collect
 from bridge.training.checkpointing.contents.extra_state import is_model_section
-from bridge.training.checkpointing.failure_policy import FailurePolicy
+from bridge.training.checkpointing.failures.policy import FailurePolicy
+from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.formats import torch_dist
 from bridge.training.checkpointing.parallel import Layout
-from bridge.training.checkpointing.retrying import with_retries
 from bridge.training.checkpointing.room import (
     require_recent_size,
     require_snapshot_size,

@@ -17,23 +17,23 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from bridge.training.callbacks import CallbackContext, CallbackManager, CheckpointInfo
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.attempting import attempt
 from bridge.training.checkpointing.collecting import LiveObjects
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError
-from bridge.training.checkpointing.failure_policy import FailurePolicy
+from bridge.training.checkpointing.failures.attempting import attempt
+from bridge.training.checkpointing.failures.policy import FailurePolicy
+from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.parallel import default_pg_collection
 from bridge.training.checkpointing.preparing import prepare
 from bridge.training.checkpointing.queue import finish_saves, is_empty_async_queue, queue_of
 from bridge.training.checkpointing.resolve import NAMES
-from bridge.training.checkpointing.retention import MostRecent, policies_of
-from bridge.training.checkpointing.retrying import with_retries
+from bridge.training.checkpointing.retention.policies import MostRecent, policies_of
+from bridge.training.checkpointing.retention.sweeper import needed_again, sweep_after_save
+from bridge.training.checkpointing.retention.trash import trash_of
 from bridge.training.checkpointing.save_plans import SaveJob, plan_save
-from bridge.training.checkpointing.sweeper import needed_again, sweep_after_save
 from bridge.training.checkpointing.tiers import NonPersistentTier
 from bridge.training.checkpointing.tiers.global_directory import directory_of
 from bridge.training.checkpointing.tiers.rank_local import RankLocalTier
 from bridge.training.checkpointing.transaction import Committed, SaveTarget, SaveTask
-from bridge.training.checkpointing.trash import trash_of
 
 logger = logging.getLogger(__name__)
 

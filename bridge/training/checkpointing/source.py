@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bridge.training.checkpointing.adapter_plan import saved_adapters
-from bridge.training.checkpointing.containment import require_contained
 from bridge.training.checkpointing.contents.dataloader import saved_data_parallel_size
 from bridge.training.checkpointing.contents.legacy import (
     ARGS,
@@ -48,9 +46,11 @@ from bridge.training.checkpointing.layout import (
     parse_iteration_name,
 )
 from bridge.training.checkpointing.parallel import Layout
-from bridge.training.checkpointing.plan import Saved
-from bridge.training.checkpointing.resharding import saved_form
+from bridge.training.checkpointing.plans.adapters import saved_adapters
+from bridge.training.checkpointing.plans.load_plan import Saved
+from bridge.training.checkpointing.plans.resharding import saved_form
 from bridge.training.checkpointing.resolve import Source, Tracked, reject_step_of_iteration_directory, resolve
+from bridge.training.checkpointing.safety.containment import require_contained
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from bridge.training.checkpointing.layout import (
 from bridge.training.checkpointing.parallel import default_pg_collection
 from bridge.training.checkpointing.preparing import LOCAL_MANAGER, prepare_directories, prepare_store
 from bridge.training.checkpointing.resolve import Source
-from bridge.training.checkpointing.safe_globals import allow
+from bridge.training.checkpointing.safety.safe_globals import allow
 from bridge.training.checkpointing.source import find_source, read_tracker, require_whole
 from bridge.training.checkpointing.tiers.availability import complete_iterations
 from bridge.training.checkpointing.tiers.rank_local import RankLocalTier

@@ -12,7 +12,7 @@ from bridge.training.checkpointing.contents.train_state import read_train_state
 from bridge.training.checkpointing.formats import torch_dist
 from bridge.training.checkpointing.formats.torch_dist import Loaded
 from bridge.training.checkpointing.layout import TRAIN_STATE
-from bridge.training.checkpointing.plan import Saved
+from bridge.training.checkpointing.plans.load_plan import Saved
 from bridge.training.checkpointing.resolve import Source
 from bridge.training.checkpointing.source import describe
 

@@ -16,13 +16,13 @@ import bridge
 from bridge.training.callbacks import CheckpointKind
 from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.failure_policy import FailurePolicy
+from bridge.training.checkpointing.failures.policy import FailurePolicy
+from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.files import sync_directory, write_file
 from bridge.training.checkpointing.formats import PayloadWrite
 from bridge.training.checkpointing.integrity import FileRecord, Manifest
 from bridge.training.checkpointing.layout import TRAIN_STATE
 from bridge.training.checkpointing.parallel import Layout
-from bridge.training.checkpointing.retrying import with_retries
 from bridge.training.checkpointing.sidecar import Sidecar
 
 T = TypeVar("T")

@@ -26,8 +26,8 @@ from bridge.training.checkpointing.disk import (
 )
 from bridge.training.checkpointing.integrity import FileRecord, Manifest, read_manifest, write_manifest
 from bridge.training.checkpointing.layout import iteration_name
-from bridge.training.checkpointing.retention import MostRecent
-from bridge.training.checkpointing.trash import Trash
+from bridge.training.checkpointing.retention.policies import MostRecent
+from bridge.training.checkpointing.retention.trash import Trash
 from bridge.training.setup import Run, setup
 from tests.distributed.launch import init_ranks, run_ranks
 from tests.training.tiny import tiny_config
@@ -358,7 +358,7 @@ class Cure(logging.Handler):
 def recover_in_mid_write(cfg: Any, disk: Path) -> str:
     run = setup(cfg)
     on_first(lambda: fill(disk, 2 * MIB))
-    logging.getLogger("bridge.training.checkpointing.retrying").addHandler(Cure(disk / ".filler"))
+    logging.getLogger("bridge.training.checkpointing.failures.retrying").addHandler(Cure(disk / ".filler"))
     return outcome_of(lambda: save(run, 1))
 
 

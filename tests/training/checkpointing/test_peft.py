@@ -18,9 +18,9 @@ from megatron.core.utils import unwrap_model
 
 from bridge.peft import LoRA
 from bridge.training.checkpointing import CheckpointSaveContext, save_checkpoint
-from bridge.training.checkpointing.adapter_plan import Adapters, other_base, require_adapters, saved_adapters
 from bridge.training.checkpointing.contents.peft import apply_peft_adapter_filter_to_state_dict
 from bridge.training.checkpointing.errors import CheckpointMismatchError
+from bridge.training.checkpointing.plans.adapters import Adapters, other_base, require_adapters, saved_adapters
 from bridge.training.config import ConfigContainer, LoRAConfig
 from bridge.training.setup import setup
 from bridge.training.train import train

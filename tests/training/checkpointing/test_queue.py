@@ -12,8 +12,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from bridge.training.checkpointing import is_empty_async_queue, maybe_finalize_async_save, schedule_async_save
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError
+from bridge.training.checkpointing.failures.history import SaveFailures
 from bridge.training.checkpointing.queue import SaveQueue
-from bridge.training.checkpointing.save_failures import SaveFailures
 from bridge.training.config import CheckpointConfig
 from tests.distributed.launch import init_ranks, run_ranks
 

@@ -23,7 +23,7 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
 from bridge.training.checkpointing.layout import DATALOADER_DIRECTORY, dataloader_state_name, iteration_name
 from bridge.training.checkpointing.parallel import default_pg_collection
-from bridge.training.checkpointing.safe_globals import load_torch_bytes, load_torch_file
+from bridge.training.checkpointing.safety.safe_globals import load_torch_bytes, load_torch_file
 from bridge.training.checkpointing.sidecar import Sidecar, torch_bytes
 
 _KEY = "dataloader_state_dict"

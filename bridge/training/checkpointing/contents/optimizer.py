@@ -15,7 +15,7 @@ from bridge.training.checkpointing.contents.optimizer_forms import (
     form_of,
     load_adapted,
 )
-from bridge.training.checkpointing.resharding import (
+from bridge.training.checkpointing.plans.resharding import (
     DP_RESHARDABLE,
     FULLY_RESHARDABLE,
     MEMORY_EFFICIENT,

@@ -26,7 +26,7 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from bridge.training.checkpointing.errors import CheckpointMismatchError
-from bridge.training.checkpointing.resharding import FULLY_RESHARDABLE, SHARDING_TYPE, OptimizerForm, parts_of
+from bridge.training.checkpointing.plans.resharding import FULLY_RESHARDABLE, SHARDING_TYPE, OptimizerForm, parts_of
 
 ADAPTED = "adapted"
 """Key of the optimizer section under which the loaded tensors of another form lie, one entry a part."""

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.random import (
 
 from bridge import accelerator
 from bridge.training.checkpointing.errors import CheckpointMismatchError
-from bridge.training.checkpointing.rng_plan import Place, RngRequest
+from bridge.training.checkpointing.plans.random_states import Place, RngRequest
 
 
 def get_rng_state(

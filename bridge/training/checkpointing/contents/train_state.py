@@ -10,7 +10,7 @@ import torch
 
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError
 from bridge.training.checkpointing.layout import TRAIN_STATE
-from bridge.training.checkpointing.safe_globals import describe, load_torch_file
+from bridge.training.checkpointing.safety.safe_globals import describe, load_torch_file
 from bridge.training.checkpointing.sidecar import Sidecar, torch_bytes
 
 _LARGEST = 1 << 20

@@ -13,7 +13,7 @@ from bridge.training.checkpointing.errors import (
     CheckpointMismatchError,
     UnsafeCheckpointError,
 )
-from bridge.training.checkpointing.safe_globals import describe
+from bridge.training.checkpointing.safety.safe_globals import describe
 
 _LONGEST_REASON = 400  # characters
 _BUCKET_KEY = ".bucket_idx_"

@@ -52,10 +52,10 @@ from bridge.training.checkpointing.formats.planning import (
     reuse_plan,
     validate_sharding,
 )
-from bridge.training.checkpointing.formats.safe_reading import safe_strategy
 from bridge.training.checkpointing.formats.structure import Structure
 from bridge.training.checkpointing.layout import COMMON, MCORE_METADATA, PAYLOAD_METADATA
-from bridge.training.checkpointing.safe_globals import describe, load_torch_file
+from bridge.training.checkpointing.safety.safe_globals import describe, load_torch_file
+from bridge.training.checkpointing.safety.safe_reading import safe_strategy
 from bridge.training.checkpointing.sidecar import Sidecar, torch_bytes
 
 logger = logging.getLogger(__name__)

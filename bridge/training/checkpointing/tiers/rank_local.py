@@ -32,7 +32,7 @@ from bridge.training.checkpointing.errors import CheckpointError, CheckpointNotF
 from bridge.training.checkpointing.layout import TRAIN_STATE
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.resolve import Offer, Source
-from bridge.training.checkpointing.safe_globals import load_torch_bytes
+from bridge.training.checkpointing.safety.safe_globals import load_torch_bytes
 from bridge.training.checkpointing.tiers import snapshot
 from bridge.training.checkpointing.tiers.availability import (
     RankLocalStore,

@@ -29,7 +29,6 @@ from megatron.core.dist_checkpointing.validation import (
     validate_integrity_and_strict_load,
 )
 
-from bridge.training.checkpointing.adapter_plan import saved_adapters
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.contents.dataloader import DataloaderState
 from bridge.training.checkpointing.contents.rerun import RERUN
@@ -43,8 +42,9 @@ from bridge.training.checkpointing.formats.failures import load_error
 from bridge.training.checkpointing.formats.torch_dist import Loaded
 from bridge.training.checkpointing.layout import RUN_CONFIG
 from bridge.training.checkpointing.parallel import Layout
-from bridge.training.checkpointing.plan import Saved
-from bridge.training.checkpointing.resharding import saved_form
+from bridge.training.checkpointing.plans.adapters import saved_adapters
+from bridge.training.checkpointing.plans.load_plan import Saved
+from bridge.training.checkpointing.plans.resharding import saved_form
 from bridge.training.checkpointing.resolve import NAMES, Source
 from bridge.training.checkpointing.tiers.availability import RankLocalStore, clique_of, form_cliques, givers
 from bridge.training.checkpointing.tiers.record import CONTENT_METADATA, KEY, SnapshotRecord, dataloader_state

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.tensor_aware_state_dict import MCoreTensorAwareStateDict
 
 from bridge.training.checkpointing.errors import CheckpointDamagedError
-from bridge.training.checkpointing.safe_globals import load_torch_bytes
+from bridge.training.checkpointing.safety.safe_globals import load_torch_bytes
 
 ALIGNMENT = 64
 """Bytes; every tensor begins at a multiple, which fits every type and a cache line."""

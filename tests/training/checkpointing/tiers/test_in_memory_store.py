@@ -17,8 +17,12 @@ from nvidia_resiliency_ext.checkpointing.local.replication.strategies import Cli
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import CheckpointNotFoundError, KeeperLostError, MemoryLimitError
-from bridge.training.checkpointing.tiers.in_memory import InMemoryCheckpointManager, make_in_memory_manager, read_state
-from bridge.training.checkpointing.tiers.keeper_readers import release_session, stored_snapshots
+from bridge.training.checkpointing.tiers.memory.in_memory import (
+    InMemoryCheckpointManager,
+    make_in_memory_manager,
+    read_state,
+)
+from bridge.training.checkpointing.tiers.memory.keeper_readers import release_session, stored_snapshots
 from bridge.training.config import CheckpointConfig
 from tests.distributed.launch import RankError, init_ranks, run_ranks
 

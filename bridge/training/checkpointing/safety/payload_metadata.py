@@ -26,13 +26,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from bridge.training.checkpointing.containment import contained_file, is_plain_name
 from bridge.training.checkpointing.errors import (
     CheckpointDamagedError,
     CheckpointMismatchError,
     UnsafeCheckpointError,
 )
-from bridge.training.checkpointing.formats.plain_pickle import (
+from bridge.training.checkpointing.layout import PAYLOAD_METADATA
+from bridge.training.checkpointing.safety.containment import contained_file, is_plain_name
+from bridge.training.checkpointing.safety.plain_pickle import (
     Global,
     Name,
     NameNotAllowedError,
@@ -40,8 +41,7 @@ from bridge.training.checkpointing.formats.plain_pickle import (
     Record,
     parse,
 )
-from bridge.training.checkpointing.layout import PAYLOAD_METADATA
-from bridge.training.checkpointing.safe_globals import names_allowed_by_user, not_allowed
+from bridge.training.checkpointing.safety.safe_globals import names_allowed_by_user, not_allowed
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"

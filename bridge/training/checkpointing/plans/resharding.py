@@ -16,7 +16,7 @@ from bridge.training.checkpointing.errors import CheckpointMismatchError
 from bridge.training.checkpointing.parallel import Layout
 
 if TYPE_CHECKING:
-    from bridge.training.checkpointing.plan import Saved, Wanted
+    from bridge.training.checkpointing.plans.load_plan import Saved, Wanted
 
 SHARDING_TYPE = "distrib_optim_sharding_type"
 MEMORY_EFFICIENT = "distrib_optim_fully_reshardable_mem_efficient"

@@ -15,7 +15,7 @@ from bridge.training.checkpointing import CheckpointSaveContext
 from bridge.training.setup import Run, setup
 from bridge.training.train import train
 from tests.distributed.launch import run_ranks
-from tests.training.checkpointing.keepers import end_all_keepers_below, end_keeper, keepers_of
+from tests.training.checkpointing.tiers.keepers import end_all_keepers_below, end_keeper, keepers_of
 from tests.training.tiny import LAYOUTS, digests, run_to_end, tiny_config
 
 KINDS = ["local", "in_memory"]

@@ -30,8 +30,8 @@ from types import TracebackType
 from typing import Any
 
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError, KeeperLostError, MemoryLimitError
-from bridge.training.checkpointing.tiers import host_memory, keeper_process
-from bridge.training.checkpointing.tiers.keeper_channel import (
+from bridge.training.checkpointing.tiers.memory import host_memory, keeper_process
+from bridge.training.checkpointing.tiers.memory.keeper_channel import (
     TIMEOUT_SECONDS,
     Channel,
     KeeperBusy,
@@ -39,7 +39,7 @@ from bridge.training.checkpointing.tiers.keeper_channel import (
     gib,
     has_died,
 )
-from bridge.training.checkpointing.tiers.keeper_readers import Kept, OpenSnapshot, list_kept, open_kept
+from bridge.training.checkpointing.tiers.memory.keeper_readers import Kept, OpenSnapshot, list_kept, open_kept
 
 logger = logging.getLogger(__name__)
 

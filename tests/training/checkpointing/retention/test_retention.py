@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.training.checkpointing.retention import (
+from bridge.training.checkpointing.retention.policies import (
     Best,
     Entry,
     EveryHours,

@@ -16,9 +16,9 @@ import torch
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError
 from bridge.training.checkpointing.layout import iteration_name
 from bridge.training.checkpointing.tiers import snapshot
-from bridge.training.checkpointing.tiers.keeper import Keeper, KeeperSettings
-from bridge.training.checkpointing.tiers.keeper_channel import GIB
-from bridge.training.checkpointing.tiers.keeper_readers import OpenSnapshot
+from bridge.training.checkpointing.tiers.memory.keeper import Keeper, KeeperSettings
+from bridge.training.checkpointing.tiers.memory.keeper_channel import GIB
+from bridge.training.checkpointing.tiers.memory.keeper_readers import OpenSnapshot
 
 try:
     from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.base_manager import BaseCheckpointManager

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge.training.checkpointing.errors import CheckpointError, RankLostError
-from bridge.training.checkpointing.failure_policy import FailurePolicy
+from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.queue import finish_saves
 
 logger = logging.getLogger(__name__)

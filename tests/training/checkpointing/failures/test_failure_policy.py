@@ -26,9 +26,9 @@ from bridge.training.checkpointing import (
 )
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import is_storage_failure, storage_error
-from bridge.training.checkpointing.failure_policy import FailurePolicy, may_pass
-from bridge.training.checkpointing.retrying import with_retries
-from bridge.training.checkpointing.save_failures import SaveFailures
+from bridge.training.checkpointing.failures.history import SaveFailures
+from bridge.training.checkpointing.failures.policy import FailurePolicy, may_pass
+from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.config import ConfigContainer
 from bridge.training.setup import Run, setup
 from bridge.training.train import train

@@ -7,7 +7,7 @@ import pytest
 
 from bridge.training.checkpointing.errors import CheckpointMismatchError
 from bridge.training.checkpointing.parallel import Layout
-from bridge.training.checkpointing.plan import Part, Saved, Wanted, plan_load
+from bridge.training.checkpointing.plans.load_plan import Part, Saved, Wanted, plan_load
 
 SAVED = Saved(
     iteration=10,

@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bridge.training.checkpointing import trash as trash_module
-from bridge.training.checkpointing import trash_process
 from bridge.training.checkpointing.background import ForkedCall
 from bridge.training.checkpointing.layout import TRASH_PREFIX, new_trash_name
-from bridge.training.checkpointing.trash import Trash, trash_of
+from bridge.training.checkpointing.retention import trash as trash_module
+from bridge.training.checkpointing.retention import trash_process
+from bridge.training.checkpointing.retention.trash import Trash, trash_of
 
 
 def rubbish(directory: Path, files: int = 3) -> Path:

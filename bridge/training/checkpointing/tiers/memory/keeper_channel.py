@@ -16,7 +16,7 @@ from bridge.training.checkpointing.errors import (
     KeeperLostError,
     MemoryLimitError,
 )
-from bridge.training.checkpointing.tiers.keeper_process import PACKET_BYTES, address, peer
+from bridge.training.checkpointing.tiers.memory.keeper_process import PACKET_BYTES, address, peer
 
 TIMEOUT_SECONDS = 20.0
 """How long a keeper may take to answer. It has no long work: one that takes longer is stopped or starved."""

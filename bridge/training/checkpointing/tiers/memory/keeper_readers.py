@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError, KeeperLostError
-from bridge.training.checkpointing.tiers.keeper_channel import Channel
-from bridge.training.checkpointing.tiers.keeper_process import PREFIX
+from bridge.training.checkpointing.tiers.memory.keeper_channel import Channel
+from bridge.training.checkpointing.tiers.memory.keeper_process import PREFIX
 
 logger = logging.getLogger(__name__)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from bridge.training.checkpointing import resharding
-from bridge.training.checkpointing.adapter_plan import Adapters
 from bridge.training.checkpointing.contents.vocabulary import VOCABULARY
 from bridge.training.checkpointing.errors import CheckpointMismatchError
 from bridge.training.checkpointing.parallel import Layout
-from bridge.training.checkpointing.resharding import OptimizerForm
-from bridge.training.checkpointing.rng_plan import RngLayout, describe_changes, keeps_every_state
+from bridge.training.checkpointing.plans import resharding
+from bridge.training.checkpointing.plans.adapters import Adapters
+from bridge.training.checkpointing.plans.random_states import RngLayout, describe_changes, keeps_every_state
+from bridge.training.checkpointing.plans.resharding import OptimizerForm
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError, storage_error
-from bridge.training.checkpointing.failure_policy import FailurePolicy
+from bridge.training.checkpointing.failures.policy import FailurePolicy
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

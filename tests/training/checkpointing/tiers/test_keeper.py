@@ -25,12 +25,12 @@ from bridge.training.checkpointing.errors import (
     KeeperLostError,
     MemoryLimitError,
 )
-from bridge.training.checkpointing.tiers import keeper as keeper_module
-from bridge.training.checkpointing.tiers import keeper_channel, keeper_process
-from bridge.training.checkpointing.tiers.keeper import Keeper, KeeperSettings, start_process
-from bridge.training.checkpointing.tiers.keeper_channel import Channel
-from bridge.training.checkpointing.tiers.keeper_process import GRANULE, address, capacity_for
-from bridge.training.checkpointing.tiers.keeper_readers import (
+from bridge.training.checkpointing.tiers.memory import keeper as keeper_module
+from bridge.training.checkpointing.tiers.memory import keeper_channel, keeper_process
+from bridge.training.checkpointing.tiers.memory.keeper import Keeper, KeeperSettings, start_process
+from bridge.training.checkpointing.tiers.memory.keeper_channel import Channel
+from bridge.training.checkpointing.tiers.memory.keeper_process import GRANULE, address, capacity_for
+from bridge.training.checkpointing.tiers.memory.keeper_readers import (
     OpenSnapshot,
     release_session,
     running_keepers,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge.training.checkpointing.tiers import host_memory
-from bridge.training.checkpointing.tiers.keeper_process import GRANULE, Buffer, Connection, Refused, Shelf
+from bridge.training.checkpointing.tiers.memory import host_memory
+from bridge.training.checkpointing.tiers.memory.keeper_process import GRANULE, Buffer, Connection, Refused, Shelf
 
 MIB = 1 << 20
 WRITER, OTHER = (Connection(socket.socket(), 0) for _ in range(2))

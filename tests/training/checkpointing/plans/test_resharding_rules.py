@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from bridge.training.checkpointing.contents.optimizer import build_sharded_state_dict_metadata
 from bridge.training.checkpointing.errors import CheckpointMismatchError
 from bridge.training.checkpointing.parallel import Layout
-from bridge.training.checkpointing.plan import Saved, Wanted
-from bridge.training.checkpointing.resharding import OptimizerForm, is_adapted, require_loadable, saved_form
+from bridge.training.checkpointing.plans.load_plan import Saved, Wanted
+from bridge.training.checkpointing.plans.resharding import OptimizerForm, is_adapted, require_loadable, saved_form
 from bridge.training.config import CheckpointConfig
 from tests.training.resharding import DOCUMENT
 

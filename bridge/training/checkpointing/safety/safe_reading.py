@@ -41,11 +41,11 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.state_dict_loader import load_state_dict
 from torch.futures import Future
 
-from bridge.training.checkpointing.containment import contained_file
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointMismatchError
-from bridge.training.checkpointing.formats.payload_metadata import read_payload_metadata
 from bridge.training.checkpointing.layout import PAYLOAD_METADATA
-from bridge.training.checkpointing.safe_globals import load_error, load_torch_bytes
+from bridge.training.checkpointing.safety.containment import contained_file
+from bridge.training.checkpointing.safety.payload_metadata import read_payload_metadata
+from bridge.training.checkpointing.safety.safe_globals import load_error, load_torch_bytes
 
 
 def safe_strategy(strategy: Any, directory: Path) -> Any:

@@ -19,9 +19,9 @@ from bridge.training.checkpointing.errors import CheckpointDamagedError, Checkpo
 from bridge.training.checkpointing.files import delete_trash, move_to_trash, sync_directory
 from bridge.training.checkpointing.integrity import read_manifest
 from bridge.training.checkpointing.layout import LEGACY_TRACKER, MANIFEST, Listing, iteration_name, list_checkpoints
-from bridge.training.checkpointing.retention import Best, Entry, MostRecent, Policy, removable
+from bridge.training.checkpointing.retention.policies import Best, Entry, MostRecent, Policy, removable
+from bridge.training.checkpointing.retention.trash import Trash
 from bridge.training.checkpointing.source import read_tracker
-from bridge.training.checkpointing.trash import Trash
 
 if TYPE_CHECKING:
     from bridge.training.config import CheckpointConfig

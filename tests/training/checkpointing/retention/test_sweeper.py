@@ -18,10 +18,17 @@ from bridge.training.checkpointing import (
 from bridge.training.checkpointing.contents.train_state import train_state_sidecar
 from bridge.training.checkpointing.integrity import FileRecord, Manifest, find_damage, read_manifest
 from bridge.training.checkpointing.layout import LEGACY_TRACKER, MANIFEST, TRACKER, is_leftover, list_checkpoints
-from bridge.training.checkpointing.retention import Best, Entry, EveryHours, EveryIterations, MostRecent, Policy
-from bridge.training.checkpointing.sweeper import committed_entries, needed_again, sweep, sweep_after_save
+from bridge.training.checkpointing.retention.policies import (
+    Best,
+    Entry,
+    EveryHours,
+    EveryIterations,
+    MostRecent,
+    Policy,
+)
+from bridge.training.checkpointing.retention.sweeper import committed_entries, needed_again, sweep, sweep_after_save
+from bridge.training.checkpointing.retention.trash import Trash, trash_of
 from bridge.training.checkpointing.transaction import merged_metrics
-from bridge.training.checkpointing.trash import Trash, trash_of
 from bridge.training.config import CheckpointConfig
 from bridge.training.state import TrainState
 from tests.distributed.launch import run_ranks

@@ -29,9 +29,9 @@ from bridge.training.checkpointing.contents.train_state import train_state_sidec
 from bridge.training.checkpointing.files import delete_trash
 from bridge.training.checkpointing.integrity import FileRecord, Manifest, find_damage, read_manifest
 from bridge.training.checkpointing.layout import LEGACY_TRACKER, MANIFEST, TRACKER, is_leftover, iteration_name
-from bridge.training.checkpointing.retention import policies_of
-from bridge.training.checkpointing.sweeper import sweep_after_save
-from bridge.training.checkpointing.trash import Trash
+from bridge.training.checkpointing.retention.policies import policies_of
+from bridge.training.checkpointing.retention.sweeper import sweep_after_save
+from bridge.training.checkpointing.retention.trash import Trash
 from bridge.training.config import CheckpointConfig
 from bridge.training.state import TrainState
 

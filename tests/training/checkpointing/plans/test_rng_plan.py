@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.training.checkpointing.parallel import Layout
-from bridge.training.checkpointing.rng_plan import (
+from bridge.training.checkpointing.plans.random_states import (
     Place,
     RngLayout,
     RngRequest,

@@ -20,12 +20,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager import LocalCheckpointManager
 
-from bridge.training.checkpointing.adapter_plan import Adapters
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.collecting import LiveObjects, collect
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError
 from bridge.training.checkpointing.parallel import Layout
-from bridge.training.checkpointing.plan import Saved
+from bridge.training.checkpointing.plans.adapters import Adapters
+from bridge.training.checkpointing.plans.load_plan import Saved
 from bridge.training.checkpointing.queue import SaveQueue
 from bridge.training.checkpointing.resolve import Offer, Source
 from bridge.training.checkpointing.restoring import LiveState, restore

@@ -1,0 +1,1 @@
+"""Which checkpoints are kept, and the way out of those that are not."""

@@ -1,0 +1,1 @@
+"""The in-memory tier: snapshots in shared memory that outlive the trainer."""
