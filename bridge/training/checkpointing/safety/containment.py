@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from bridge.training.checkpointing.errors import CheckpointDamagedError, UnsafeCheckpointError
 
 
 def is_plain_name(name: str) -> bool:
     """Whether `name` is a path inside a directory, with forward slashes, in its shortest form."""
-    path = PurePosixPath(name)
-    return (
-        bool(path.parts)
-        and not path.is_absolute()
-        and ".." not in path.parts
-        and str(path) == name
-        and "\0" not in name
-    )
+    return "\0" not in name and not any(part in ("", ".", "..") for part in name.split("/"))
 
 
 def require_contained(directory: Path) -> None:

@@ -123,7 +123,7 @@ def payload_metadata(data: bytes, place: str) -> Metadata:
     """As `read_payload_metadata`, from the file's bytes; `place` says where they come from, for messages."""
     try:
         # Nothing that is made here refers to itself, and millions of new objects would be searched again and again.
-        with _without_collector():
+        with without_collector():
             return _Conversion(place, len(data)).metadata(parse(data, ALLOWED | names_allowed_by_user()))
     except NameNotAllowedError as error:
         raise not_allowed(place, ".".join(error.name)) from error
@@ -133,7 +133,8 @@ def payload_metadata(data: bytes, place: str) -> Metadata:
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
+    """Python's search for objects that refer to themselves waits: it takes most of the time where millions are made."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -245,7 +246,8 @@ def _argument(value: Any, name: Name, kind: type) -> Any:
 
 
 def _size(value: Any) -> torch.Size:
-    numbers = _argument(value, _SIZE, tuple)
+    # Megatron FSDP describes its shards by plain tuples.
+    numbers = value if type(value) is tuple else _argument(value, _SIZE, tuple)
     if len(numbers) > _DIMENSIONS:
         raise PickleError(f"it has a shape of {len(numbers)} dimensions")
     return torch.Size([_natural(number) for number in numbers])

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,10 @@ def safe_strategy(strategy: Any, directory: Path) -> Any:
     return SafeLoadStrategy(directory, read_payload_metadata(directory))
 
 
+ReadTensors = Callable[[Sequence[ReadItem], LoadPlanner], None]
+"""Reads the tensors of a plan into place, and commits them."""
+
+
 class SafeLoadStrategy(TorchDistLoadShardedStrategy):  # type: ignore[misc]
     """megatron-core's load strategy for `torch_dist`, for one checkpoint whose metadata has been read."""
 
@@ -82,6 +86,33 @@ class SafeLoadStrategy(TorchDistLoadShardedStrategy):  # type: ignore[misc]
         Raises:
             CheckpointException: torch's, with the cause on every rank that failed.
         """
+        request = self._request(sharded_state_dict)
+        load_state_dict(request.values, request.reader, planner=request.planner)
+        return request.loaded()
+
+    def prepare_alone(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Callable[[], Any]:
+        """Plan a load of this rank alone: check where everything lies, read the objects, change no tensor. Local.
+
+        Returns:
+            What reads the tensors into place and returns what `load` would. Local too.
+
+        Raises:
+            CheckpointError: as the planning of `load`, without torch's exception around it.
+        """
+        request = self._request(sharded_state_dict)
+        planner, reader = request.planner, request.reader
+        planner.set_up_planner(request.values, self.cached_global_metadata, True)
+        reader.set_up_storage_reader(self.cached_global_metadata, True)
+        plan = reader.prepare_local_plan(planner.create_local_plan())
+        plan = planner.finish_plan(reader.prepare_global_plan(planner.create_global_plan([plan]))[0])
+
+        def read() -> Any:
+            reader.read_data(plan, planner).wait()
+            return request.loaded()
+
+        return read
+
+    def _request(self, sharded_state_dict: Any) -> _Request:
         tensors = [v for v in nested_values(sharded_state_dict) if isinstance(v, ShardedTensor)]
         flat, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         padded = [v for v in tensors if v.allow_shape_mismatch]
@@ -91,12 +122,14 @@ class SafeLoadStrategy(TorchDistLoadShardedStrategy):  # type: ignore[misc]
             allow_shape_mismatch_sharded_tensors={v.key: v for v in padded},
         )
         shared_by = {key: len(names) for key, names in rename_mapping.items()}
-        reader = _Reader(self._directory, self.cached_global_metadata, shared_by, [v.data for v in padded])
-        load_state_dict(values, reader, planner=planner)
-        unwrapped = {key: _unwrap_pyt_sharded_tensor(value) for key, value in values.items()}
-        loaded = _replace_sharded_keys_with_state_dict_keys(unwrapped, flat_mapping, rename_mapping)
-        _restore_dict_types(loaded, sharded_state_dict)
-        return loaded
+        padding = [v.data for v in padded]
+        read = self._reads_tensors()
+        reader = _Reader(self._directory, self.cached_global_metadata, shared_by, padding, read)
+        return _Request(sharded_state_dict, values, planner, reader, flat_mapping, rename_mapping)
+
+    def _reads_tensors(self) -> ReadTensors | None:
+        """What reads tensors instead of torch's reader."""
+        return None
 
     def load_tensors_metadata(self, checkpoint_dir: Any, metadata: Metadata | None = None) -> Any:
         """As megatron-core's."""
@@ -124,6 +157,25 @@ def _without_zeroing(padded: list[Any], flat: Any) -> Any:
             value.allow_shape_mismatch = True
 
 
+@dataclass(frozen=True)
+class _Request:
+    """One load: what is wanted, in torch's form, and what plans and reads it."""
+
+    sharded_state_dict: Any
+    values: Any
+    planner: _Planner
+    reader: _Reader
+    flat_mapping: Any
+    rename_mapping: Any
+
+    def loaded(self) -> Any:
+        """What was read, in the structure of what was asked for."""
+        unwrapped = {key: _unwrap_pyt_sharded_tensor(value) for key, value in self.values.items()}
+        loaded = _replace_sharded_keys_with_state_dict_keys(unwrapped, self.flat_mapping, self.rename_mapping)
+        _restore_dict_types(loaded, self.sharded_state_dict)
+        return loaded
+
+
 class _Planner(MCoreLoadPlanner):  # type: ignore[misc]
     def create_local_plan(self) -> LoadPlan:
         plan: LoadPlan = super().create_local_plan()
@@ -148,10 +200,16 @@ class _Reader(FileSystemReader):
     """torch's reader, with metadata that has been read and objects that are read while planning."""
 
     def __init__(
-        self, directory: Path, metadata: Metadata, shared_by: Mapping[str, int], padded: Sequence[torch.Tensor]
+        self,
+        directory: Path,
+        metadata: Metadata,
+        shared_by: Mapping[str, int],
+        padded: Sequence[torch.Tensor],
+        read_tensors: ReadTensors | None = None,
     ) -> None:
         super().__init__(directory)
         self._padded = padded
+        self._read_tensors = read_tensors
         self._directory = directory
         self._metadata = metadata
         self._shared_by = shared_by
@@ -183,10 +241,14 @@ class _Reader(FileSystemReader):
                 if item.type is LoadItemType.BYTE_IO:
                     planner.place_object(item, self._objects.pop(item.storage_index))  # type: ignore[attr-defined]
             tensors = [item for item in items if item.type is not LoadItemType.BYTE_IO]
+            if self._read_tensors is not None:
+                continue
             try:
                 super().read_data(replace(plan, items=tensors), planner)
             except pickle.UnpicklingError as error:
                 raise load_error(error, str(path), "file of tensors") from error
+        if self._read_tensors is not None:
+            self._read_tensors([item for item in plan.items if item.type is not LoadItemType.BYTE_IO], planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -222,13 +284,21 @@ class _Reader(FileSystemReader):
         return CheckpointDamagedError(f"{file} says that {item.storage_index.fqn!r} lies {where}")
 
     def _read_objects(self, items: list[ReadItem], path: Path) -> None:
-        if not items:
-            return
-        with path.open("rb") as file:
-            for item in items:
-                place, key = self._place_of(item), item.storage_index.fqn
-                file.seek(place.offset)
-                value = load_torch_bytes(file.read(place.length), f"{path} ({key})", "object")
-                if not isinstance(value, list) or len(value) != self._shared_by.get(item.dest_index.fqn):
-                    raise CheckpointDamagedError(f"{path} ({key}) does not hold the object that belongs there")
-                self._objects[item.storage_index] = value
+        for item in items:
+            count = self._shared_by.get(item.dest_index.fqn)
+            self._objects[item.storage_index] = read_object(path, self._place_of(item), item.storage_index.fqn, count)
+
+
+def read_object(path: Path, place: _StorageInfo, key: str, count: int | None) -> list[Any]:
+    """An object of a checkpoint: the list of the values that `count` places of a state dict have. Local.
+
+    Raises:
+        UnsafeCheckpointError: its class is not allowed.
+        CheckpointDamagedError: it is unreadable, or something else is stored there.
+    """
+    with path.open("rb") as file:
+        file.seek(place.offset)
+        value = load_torch_bytes(file.read(place.length), f"{path} ({key})", "object")
+    if not isinstance(value, list) or len(value) != count:
+        raise CheckpointDamagedError(f"{path} ({key}) does not hold the object that belongs there")
+    return value

@@ -1,0 +1,66 @@
+"""Reading bytes of open files into memory, all of them or an error that names the file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from bridge.training.checkpointing.errors import CheckpointDamagedError
+
+_AT_ONCE = 1 << 30
+"""The system reads no more than 2 GiB at once."""
+
+
+@contextmanager
+def opened(paths: Mapping[str, Path]) -> Iterator[Mapping[str, OpenFile]]:
+    """Files by name, open while the context lasts.
+
+    Raises:
+        CheckpointDamagedError: one cannot be opened.
+    """
+    files: dict[str, OpenFile] = {}
+    try:
+        for name, path in paths.items():
+            try:
+                files[name] = OpenFile(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            except OSError as error:
+                raise unreadable(path, error) from error
+        yield files
+    finally:
+        for file in files.values():
+            os.close(file.descriptor)
+
+
+class OpenFile:
+    """A file, open for reading. Several threads may read from it."""
+
+    __slots__ = ("descriptor", "path")
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self.descriptor = descriptor
+
+    def read(self, into: memoryview, at: int) -> None:
+        """Fill memory with what the file holds from byte `at` on.
+
+        Raises:
+            CheckpointDamagedError: the file ends before that, or storage fails.
+        """
+        done, size = 0, len(into)
+        while done < size:
+            try:
+                got = os.preadv(self.descriptor, [into[done : done + _AT_ONCE]], at + done)
+            except OSError as error:
+                raise unreadable(self.path, error) from error
+            if got == 0:
+                raise CheckpointDamagedError(
+                    f"{self.path} ends at byte {at + done}, in the middle of a tensor that goes on to {at + size}"
+                )
+            done += got
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointDamagedError:
+    """The error for a file that storage does not deliver."""
+    return CheckpointDamagedError(f"{path} cannot be read: {error.strerror or error}")

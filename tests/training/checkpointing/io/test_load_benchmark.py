@@ -1,0 +1,27 @@
+"""The benchmark of loads runs all its ways and writes its tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[4] / "scripts" / "benchmarks" / "load.py"
+
+
+def test_the_benchmark_writes_every_way_and_ratio(tmp_path: Path) -> None:
+    out, table = tmp_path / "load.json", tmp_path / "load.md"
+    command = [sys.executable, str(SCRIPT), "--large", "2x1MiB", "--small", "40x1KiB", "--rounds", "1"]
+    command += ["--directory", str(tmp_path), "--json", str(out), "--markdown", str(table)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=SCRIPT.parents[2])
+    workloads = json.loads(out.read_text())["workloads"]
+    common = {"raw", "torch.load", "dcp", "dcp direct", "megatron", "direct", "manager"}
+    assert workloads["small"]["seconds"].keys() == common
+    assert workloads["large"]["seconds"].keys() == common | {"slice", "slice direct"}
+    assert workloads["large"]["ratios"].keys() == {
+        *("direct / raw", "megatron / direct", "megatron / manager", "dcp / dcp direct", "torch.load / direct"),
+        "slice / slice direct",
+    }
+    assert "### large: 2 tensors of 1048576 bytes" in table.read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"load.json", "load.md"}
