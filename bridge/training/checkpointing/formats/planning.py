@@ -68,11 +68,11 @@ class SavePlanning:
     def __init__(self) -> None:
         self._structure: Structure | None = None
         self._validated: str | None = None
-        self._plan: Plan | None = None
+        self._plan: Any | None = None
 
     @property
-    def plan(self) -> Plan | None:
-        """The plan to use again, as far as the verdict allows it."""
+    def plan(self) -> Any | None:
+        """The plan to use again, as far as the verdict allows it: of the format's own kind, with its `job`."""
         return self._plan
 
     def compare(self, structure: Structure, ranks: Ranks, *, reuse: bool) -> Verdict:
@@ -93,7 +93,7 @@ class SavePlanning:
             )
         return verdict
 
-    def remember(self, structure: Structure, verdict: Verdict, plan: Plan | None) -> None:
+    def remember(self, structure: Structure, verdict: Verdict, plan: Any | None) -> None:
         """Keep what a successful planning has found; `plan` is None where the next save must not use it."""
         self._structure, self._validated, self._plan = structure, verdict.job, plan
 

@@ -8,41 +8,39 @@ Here each rank writes without talking to anyone, and the caller decides when all
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
 from megatron.core.dist_checkpointing.mapping import CheckpointingException, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-)
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import (
     StrictHandling,
     determine_global_metadata,
     parse_strict_flag,
     validate_integrity_and_strict_load,
-    verify_checkpoint_and_load_strategy,
+    validate_sharding_integrity,
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.background import ForkedCall
+from bridge.training.checkpointing.checksums import DEFAULT
 from bridge.training.checkpointing.errors import (
     CheckpointDamagedError,
     CheckpointError,
     CheckpointSaveError,
-    storage_error,
 )
-from bridge.training.checkpointing.formats import PayloadWrite
+from bridge.training.checkpointing.files import replace_file
+from bridge.training.checkpointing.formats import Format, Loaded, PayloadWrite
 from bridge.training.checkpointing.formats.failures import load_error, unreadable
 from bridge.training.checkpointing.formats.planning import (
     SavePlanning,
@@ -52,10 +50,16 @@ from bridge.training.checkpointing.formats.planning import (
     reuse_plan,
     validate_sharding,
 )
+from bridge.training.checkpointing.formats.strategies import load_strategy
 from bridge.training.checkpointing.formats.structure import Structure
+from bridge.training.checkpointing.formats.two_stage import two_stage
+from bridge.training.checkpointing.formats.writing import write_bucket
+from bridge.training.checkpointing.integrity import FileRecord
+from bridge.training.checkpointing.io.access import left_to_validate
+from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import COMMON, MCORE_METADATA, PAYLOAD_METADATA
+from bridge.training.checkpointing.safety.payload_metadata import without_collector
 from bridge.training.checkpointing.safety.safe_globals import describe, load_torch_file
-from bridge.training.checkpointing.safety.safe_reading import safe_strategy
 from bridge.training.checkpointing.sidecar import Sidecar, torch_bytes
 
 logger = logging.getLogger(__name__)
@@ -66,19 +70,6 @@ _CONTENT_METADATA = "content_metadata"
 _DROPPING = ("log_", "return_", "ignore_")
 """How the strictness values begin under which megatron-core leaves out keys that the checkpoint lacks."""
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a load returned."""
-
-    state_dict: dict[str, Any]
-    dropped: bool
-    """Whether requested keys that the checkpoint lacks may have been left out of `state_dict`."""
-    missing: frozenset[str] | None = None
-    """Keys of the checkpoint that no rank requested; None where the strictness does not return them."""
-    unexpected: frozenset[str] | None = None
-    """Keys that were requested and are not in the checkpoint; None likewise."""
 
 
 def plan_save(
@@ -162,6 +153,7 @@ def load(
     strictness: str,
     parallelization_group: Any | None = None,
     validate_access: bool = True,
+    io_backend: IoBackend = "direct",
 ) -> Loaded:
     """Load the parts of a checkpoint that `template` asks for.
 
@@ -172,6 +164,7 @@ def load(
         strictness: one of megatron-core's `StrictHandling` values.
         parallelization_group: each rank of this group reads a share and they exchange; None: everybody reads.
         validate_access: check that the ranks' requests cover every requested tensor exactly once.
+        io_backend: who reads the files.
 
     Returns:
         The state dict with loaded values, and the key sets where `strictness` returns them; they are logged too.
@@ -185,22 +178,28 @@ def load(
     # Each step is local or collective, never both: a rank that cannot read leaves no other waiting for it.
     request = ranks.run(
         "reading the common part of the checkpoint",
-        lambda: _prepare(template, directory, strictness, parallelization_group),
+        lambda: _prepare(template, directory, strictness, parallelization_group, ranks, io_backend),
     )
-    accessed: tuple[Any, Any] = (None, None)
-    if validate_access or StrictHandling.requires_global_app_metadata(request.strict):
-        accessed = ranks.run("exchanging what is to be loaded", lambda: determine_global_metadata(request.sharded))
-
-    def fit() -> tuple[Any, set[str], set[str]]:
-        return validate_integrity_and_strict_load(  # type: ignore[no-any-return]
-            request.sharded, request.strict, validate_access, *accessed, request.saved
-        )
 
     def typed(action: Callable[[], T]) -> T:
         try:
             return action()
         except (CheckpointingException, CheckpointException) as error:
             raise load_error(error, directory, strictness) from error
+
+    if validate_access and ranks.size == 1:
+        doubtful = [item.without_data() for item in left_to_validate(nested_values(request.sharded))]
+        ranks.run("comparing what is to be loaded", lambda: typed(lambda: validate_sharding_integrity([doubtful])))
+        validate_access = False
+    accessed: tuple[Any, Any] = (None, None)
+    if validate_access or StrictHandling.requires_global_app_metadata(request.strict):
+        with without_collector():
+            accessed = ranks.run("exchanging what is to be loaded", lambda: determine_global_metadata(request.sharded))
+
+    def fit() -> tuple[Any, set[str], set[str]]:
+        return validate_integrity_and_strict_load(  # type: ignore[no-any-return]
+            request.sharded, request.strict, validate_access, *accessed, request.saved
+        )
 
     sharded, missing, unexpected = ranks.run("comparing with the checkpoint", lambda: typed(fit))
     shards = ranks.run("reading the checkpoint", lambda: typed(lambda: request.strategy.load(sharded, str(directory))))
@@ -246,23 +245,23 @@ class _Request:
     """The keys of the checkpoint, where the strictness compares them."""
 
 
-def _prepare(template: dict[str, Any], directory: Path, strictness: str, group: Any | None) -> _Request:
+def _prepare(
+    template: dict[str, Any], directory: Path, strictness: str, group: Any | None, ranks: Ranks, io_backend: IoBackend
+) -> _Request:
     strict = parse_strict_flag(strictness)
     common = read_common(directory)
     try:
-        registered, _ = verify_checkpoint_and_load_strategy(str(directory))
-        strategy = safe_strategy(registered, directory)
+        strategy = load_strategy(directory, io_backend)
         compares = StrictHandling.requires_explicit_ckpt_mismatch_check(strict)
         saved = strategy.load_sharded_metadata(str(directory)) if compares else None
     except CheckpointError:
         raise
     except Exception as error:  # there is no error that unpickling a garbled file may not raise
         raise unreadable(directory, describe(error)) from error
-    if group is not None:
-        strategy = FullyParallelLoadStrategyWrapper(strategy, group, exchange_algo=_exchange_algorithm(group))
     force_all_tensors_to_non_fp8(template)
     sharded, kept, factories = load_preprocess(template)
     merge(common, kept)
+    strategy = two_stage(strategy, group, ranks)
     return _Request(common, extract_sharded_base(sharded)[0], factories, strategy, strict, saved)
 
 
@@ -270,15 +269,6 @@ def _join(request: _Request, shards: Any) -> dict[str, Any]:
     merge(request.common, shards)
     apply_factory_merges(request.common, request.factories)
     return request.common
-
-
-def _exchange_algorithm(group: Any) -> str:
-    """How ranks pass on what they have read.
-
-    megatron-core's broadcasts are left unawaited on ranks that do not need a tensor. With gloo, four ranks and
-    expert parallelism, they then wait for one another for ever.
-    """
-    return "gather_object" if dist.get_backend(group) == "gloo" else "broadcast"
 
 
 def _listed(keys: set[str]) -> str:
@@ -293,57 +283,42 @@ class _Planned:
     metadata: Any
     directory: Path
 
-    def write(self) -> tuple[list[str], Any]:
-        """Write and sync this rank's files; return their names and the write results by bucket."""
+    def write(self, checksum: str = DEFAULT) -> tuple[list[FileRecord | str], Any]:
+        """Write and sync this rank's files; return their records and the write results."""
         buckets = self.writer.write_buckets or []
         transforms = [self.writer.transforms] if hasattr(self.writer, "transforms") else []
         if len(buckets) <= 1:
-            results = [_write_bucket(transforms, bucket) for bucket in buckets]
+            written = [write_bucket(transforms, bucket, checksum) for bucket in buckets]
         else:
             calls = [
-                ForkedCall(partial(_write_bucket, transforms, bucket), f"the writer of {bucket[1]}")
+                ForkedCall(partial(write_bucket, transforms, bucket, checksum), f"the writer of {bucket[1]}")
                 for bucket in buckets
             ]
             try:
-                results = [call.result() for call in calls]
+                written = [call.result() for call in calls]
             except BaseException:
                 # What goes on writing would write into another try's files.
                 for call in calls:
                     call.kill()
                 raise
-        return [bucket[1] for bucket in buckets], [result for results_ in results for result in results_]
+        return [record for record, _ in written], [result for _, results in written for result in results]
 
     def finish(self, results: list[Any]) -> list[str]:
         """Write the global metadata from all ranks' write results; rank 0 only."""
         if self.metadata is None:
             raise CheckpointSaveError("the plan has no global metadata on this rank; only rank 0 can finish a save")
         self.writer.finish(self.metadata, results)
-        save_config(CheckpointingConfig(BACKEND, VERSION), str(self.directory))
+        # megatron-core's own function for it does not sync the file.
+        config = asdict(CheckpointingConfig(BACKEND, VERSION))
+        replace_file(self.directory / MCORE_METADATA, json.dumps(config).encode())
         return [PAYLOAD_METADATA, MCORE_METADATA]
 
 
-class _Results:
-    """Stands for both queues that megatron-core's writer function reports to."""
-
-    def __init__(self) -> None:
-        self.value: Any = None
-
-    def put(self, value: Any) -> None:
-        self.value = value
-
-    def get(self) -> None:
-        return None
-
-    def task_done(self) -> None:
-        return None
-
-
-def _write_bucket(transforms: list[Any], bucket: Any) -> Any:
-    report = _Results()
-    FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, report, report, use_fsync=True)
-    _, results = report.value
-    if isinstance(results, Exception):
-        # torch has an error of its own, about positions in the file, where the file system has refused to write.
-        reason = storage_error(results) or results
-        raise CheckpointSaveError(f"writing {bucket[0]} failed: {type(reason).__name__}: {reason}") from results
-    return results
+FORMAT = Format(
+    BACKEND,
+    plan_save,
+    load,
+    read_common,
+    files=(MCORE_METADATA, PAYLOAD_METADATA, COMMON),
+    is_shard=lambda name: name.endswith(".distcp"),
+)
