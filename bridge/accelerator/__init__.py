@@ -16,6 +16,7 @@ __all__ = [
     "device",
     "device_name",
     "enable",
+    "enable_sharding",
     "get_rng_state",
     "is_cuda",
     "process_group_backend",
@@ -66,6 +67,18 @@ def enable() -> bool:
         cpu.install()
         _enabled = True
     return True
+
+
+def enable_sharding() -> None:
+    """Prepare this process, beyond `enable`, to shard models fully on the hardware it has.
+
+    Where CUDA is available this does nothing. Where it is not, the device meshes that Megatron-Core's wrappers ask for
+    on CUDA are made of the CPU.
+    """
+    if not torch.cuda.is_available():
+        from bridge.accelerator import cpu
+
+        cpu.install_sharding()
 
 
 def is_cuda() -> bool:

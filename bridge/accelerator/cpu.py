@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 _FACTORIES = ("tensor", "empty", "empty_like", "zeros", "ones")
 
@@ -153,3 +155,47 @@ def install() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
     _replace(megatron_random, _get_cuda_rng_state=_get_rng_state, _set_cuda_rng_state=_set_rng_state)
+
+
+def install_sharding() -> None:
+    """Let Megatron-Core's wrappers for fully sharded data parallelism make their device meshes of the CPU.
+
+    The meshes, and names made of the current device's number, are their only references to CUDA that no function of
+    `install` answers. torch's own DeviceMesh stays as it is.
+    """
+    from megatron.core.distributed import torch_fully_sharded_data_parallel
+    from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
+
+    _replace(torch.cuda, current_device=_numbered_device)
+    _replace(param_and_grad_buffer, _coalescing_manager=_coalescing_at_once)
+    _replace(mcore_fsdp_adapter, DeviceMesh=_CpuMesh)
+    _replace(torch_fully_sharded_data_parallel, DeviceMesh=_CpuMesh)
+
+
+def _coalescing_at_once(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
+    """torch's manager of collectives that are made in one, which here have ended when it is left.
+
+    Without CUDA's streams nothing else keeps memory from being freed that a collective is still writing. Synchronous
+    ones are made each by itself, because gloo's coalesced reduce-scatter (torch 2.13) now and then corrupts the heap.
+    """
+    return _coalescing_manager(group, device, async_ops=False) if async_ops else contextlib.nullcontext()
+
+
+class _DeviceName(str):
+    """The CPU as a current device: a device by this name, and number 0 where the number becomes part of a name."""
+
+    def __format__(self, spec: str) -> str:
+        return format(0, spec)
+
+
+def _numbered_device() -> str:
+    return _DeviceName("cpu")
+
+
+class _CpuMesh:
+    """`DeviceMesh.from_group`, with CUDA read as the CPU."""
+
+    @staticmethod
+    def from_group(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
+        return DeviceMesh.from_group(group, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)

@@ -29,6 +29,7 @@ from megatron.core.transformer.moe import moe_utils
 
 from bridge import accelerator
 from bridge.training.config import ConfigContainer, ConfigError, GPTModelConfig
+from bridge.training.fsdp import wrap_in_megatron_fsdp
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -174,8 +175,8 @@ def build_model(
     cfg: ConfigContainer,
     tokenizer_vocab_size: int,
     before_wrapping: Callable[[list[torch.nn.Module]], None] | None = None,
-) -> list[DistributedDataParallel]:
-    """This rank's chunks of the model, on the device, in the configured precision, wrapped in DDP.
+) -> list[Any]:
+    """This rank's chunks of the model, on the device, in the configured precision, wrapped in DDP or in FSDP.
 
     The process groups and the random state must be initialized. Replicas start equal unless
     `rng.data_parallel_random_init` is set, in which case those of data-parallel rank 0 are broadcast.
@@ -183,7 +184,7 @@ def build_model(
     Args:
         cfg: the run's configuration.
         tokenizer_vocab_size: ids of the tokenizer.
-        before_wrapping: gets the chunks before DDP is put around them, which is the last moment to change what
+        before_wrapping: gets the chunks before they are wrapped, which is the last moment to change what
             requires gradients.
     """
     check_layers(cfg.model)
@@ -198,6 +199,8 @@ def build_model(
     chunks = [_build_chunk(cfg.model, config, vocab_size, stage) for stage in virtual_stages]
     if before_wrapping is not None:
         before_wrapping(chunks)
+    if cfg.ddp.use_megatron_fsdp:
+        return [wrap_in_megatron_fsdp(cfg, config, chunk) for chunk in chunks]
     wrapped = [
         DistributedDataParallel(
             config,
