@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bridge.cli import memory, rescue
+from bridge.cli import convert, memory, rescue
 from bridge.training.logs import configure_logging, quiet_library_warnings
 
-COMMANDS = (rescue, memory)
+COMMANDS = (rescue, memory, convert)
 """Modules with `add_to(subparsers)`. What that adds sets the default `run`: options in, exit status out."""
 
 

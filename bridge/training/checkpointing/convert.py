@@ -1,0 +1,503 @@
+"""From one format to another without the run: every tensor, object and file of a checkpoint, under the same names.
+
+It streams: what is held at once is bounded, however large the checkpoint is. Several processes each read, write and
+compare parts of it. What is finished is remembered, so a conversion that was cut short continues when it is started
+again. The source is only read. The destination gets a checkpoint like any other: whole or not at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from megatron.core import __version__ as megatron_version
+
+import bridge
+from bridge.training.checkpointing import commit, ownership
+from bridge.training.checkpointing.conversion.contents import (
+    Contents,
+    contents_of,
+    require_same_contents,
+    write_contents,
+)
+from bridge.training.checkpointing.conversion.plan import Part, PlanError, Shares, Tensor, divide, shares_of
+from bridge.training.checkpointing.conversion.processes import Pool, pool_of
+from bridge.training.checkpointing.conversion.progress import Progress, fingerprint_of
+from bridge.training.checkpointing.conversion.stores import FORMATS, ZARR, Store, open_store
+from bridge.training.checkpointing.conversion.work import Job, Outcome, Task
+from bridge.training.checkpointing.conversion.writers import Written, require_writable, target_chunk, writer_of
+from bridge.training.checkpointing.detection import get_checkpoint_format
+from bridge.training.checkpointing.disk import as_text, available_bytes
+from bridge.training.checkpointing.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    CheckpointSaveError,
+    NotACheckpointError,
+    NotEnoughSpaceError,
+)
+from bridge.training.checkpointing.files import make_directory, replace_file, sync_file, sync_tree
+from bridge.training.checkpointing.formats.registry import format_named
+from bridge.training.checkpointing.integrity import FileRecord, Manifest
+from bridge.training.checkpointing.layout import (
+    LEGACY_TRACKER,
+    TRAIN_STATE,
+    Listing,
+    is_iteration_directory,
+    iteration_name,
+    list_checkpoints,
+)
+from bridge.training.checkpointing.marks import is_marked, problem_of
+from bridge.training.checkpointing.resolve import Source
+from bridge.training.checkpointing.safety.safe_globals import allow
+from bridge.training.checkpointing.source import describe, find_source, require_whole
+from bridge.training.checkpointing.trackers import read_tracker
+
+logger = logging.getLogger(__name__)
+
+FROM, TO = "SRC", "DST"
+"""What messages call the two places: they are named on a command line."""
+DEFAULT_MEMORY = 4 << 30
+"""Bytes."""
+_MOST_PROCESSES = 4
+_WORTH_PROCESSES = 1 << 30
+"""Bytes of a checkpoint from which it pays to start further processes, which takes some seconds."""
+_ENDING_SECONDS = 5.0
+_CHECKED = "source-checked"
+
+Step = Literal["checking", "converting", "comparing"]
+Report = Callable[[Step, int, int], None]
+"""Told how many bytes of how many a step has handled."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What came of a conversion."""
+
+    source: Path
+    path: Path
+    """The published checkpoint."""
+    iteration: int
+    source_format: str
+    target_format: str
+    tensors: int
+    objects: int
+    parts: int
+    parts_reused: int
+    """Those that an earlier try had finished."""
+    total_bytes: int
+    """Of all files of the published checkpoint; 0 where an earlier try had published it."""
+    verified: bool
+    """Whether every tensor, object and file was compared with the source."""
+    trackers_moved: bool
+    trackers: str
+    """What became of the trackers, in words."""
+    processes: int
+    peak_bytes: int
+    """The most values, objects and buffers that all processes together can have held at once."""
+    seconds: float
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    target_format: str,
+    *,
+    step: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    processes: int | None = None,
+    verify: bool = True,
+    force: bool = False,
+    safe_globals: Sequence[str] = (),
+    report: Report | None = None,
+) -> Converted:
+    """Publish a checkpoint in another format.
+
+    The destination stays claimed until it returns or raises. After an error, or if the process is killed, what was
+    finished stays in the destination, in a directory that does not count, and the same call continues from there.
+
+    Args:
+        source: a checkpoint, or a directory of checkpoints, of which the tracked one is taken.
+        destination: a directory of checkpoints, which need not exist.
+        target_format: `torch_dist`, `zarr` or `fsdp_dtensor`.
+        step: the iteration to take from a directory of checkpoints.
+        memory: bytes of values, objects and buffers that all processes together hold at most. The program itself, with
+            its libraries, comes on top.
+        processes: that work at the same time; None is one for each core and no more than 4, and for a checkpoint of
+            less than a GiB only this one.
+        verify: check the source's checksums first, and in the end compare everything with it.
+        force: replace a checkpoint of this iteration that the destination has.
+        safe_globals: further classes, as dotted paths, that the checkpoint may hold: `checkpoint.safe_globals`.
+        report: told of the progress.
+
+    Raises:
+        CheckpointNotFoundError, NotACheckpointError: there is nothing to convert, or the destination is something else.
+        CheckpointMismatchError: it is in this format already, or cannot become one of it.
+        CheckpointDamagedError, UnsafeCheckpointError: the source cannot be trusted.
+        DirectoryInUseError: a run saves in the destination.
+        NotEnoughSpaceError: the file system has too little room.
+        CheckpointSaveError: the checkpoint cannot be written, or is not what was read. Nothing was published.
+    """
+    started = time.monotonic()
+    allow(list(safe_globals))
+    if processes is not None and processes < 1:
+        raise CheckpointSaveError(f"--processes is {processes}, and at least one has to do the work")
+    read = _examine(source, step, target_format)
+    processes = processes or _default_processes(read.path)
+    listing = _destination(destination, read.path, read.iteration)
+    try:
+        shares = shares_of(memory, processes)
+    except PlanError as error:
+        raise CheckpointSaveError(f"--memory-gib: {error}") from error
+    new = _claim(destination)
+    try:
+        request = _Request(read, destination, target_format, processes, shares, verify, force, tuple(safe_globals))
+        return _Conversion(request, listing, report or _quiet, started).run()
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointSaveError(f"{TO}: {error}; start the conversion again to continue it") from error
+    finally:
+        if new:
+            ownership.give_up(destination)
+
+
+def _claim(destination: Path) -> bool:
+    """Make the destination and claim it; whether this process did not have it before."""
+    try:
+        make_directory(destination)
+        # A run that is alive goes on saving; a conversion that was just killed may still be ending.
+        return ownership.claim(destination, TO, wait_seconds=_ENDING_SECONDS)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointSaveError(f"{TO}: cannot save in {destination}: {error}") from error
+
+
+def _default_processes(path: Path) -> int:
+    size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+    return min(_MOST_PROCESSES, os.cpu_count() or 1) if size >= _WORTH_PROCESSES else 1
+
+
+def _quiet(step: Step, done: int, total: int) -> None:
+    del step, done, total
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The checkpoint to convert."""
+
+    path: Path
+    name: str
+    """Of its format."""
+    iteration: int
+    manifest: Manifest | None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, checked."""
+
+    read: _Read
+    destination: Path
+    target_format: str
+    processes: int
+    shares: Shares
+    verify: bool
+    force: bool
+    safe_globals: tuple[str, ...]
+
+
+def _examine(source: Path, step: int | None, target_format: str) -> _Read:
+    """Find the checkpoint and check that it can be converted, as far as this is known without its keys."""
+    if target_format not in FORMATS:
+        raise CheckpointMismatchError(f"--format: there is no format {target_format!r}; there are {', '.join(FORMATS)}")
+    if step is not None and is_iteration_directory(source):
+        raise CheckpointMismatchError(f"--step: {source} is one checkpoint; name the directory of checkpoints")
+    if not source.exists():
+        raise CheckpointNotFoundError(f"{FROM}: {source} does not exist")
+    found = find_source(source, step, setting=FROM)
+    if found is None:
+        raise CheckpointNotFoundError(f"{FROM}: there is no checkpoint in {source}")
+    path = found.path.absolute()
+    if found.release:
+        raise CheckpointMismatchError(
+            f"{FROM}: {path} is a release checkpoint, which has no iteration to be published under; copy it to a "
+            f"directory of another name, {iteration_name(0)}, and convert that"
+        )
+    if is_marked(path):
+        raise CheckpointDamagedError(f"{FROM}: {path} is marked as damaged: {problem_of(path)}")
+    manifest = require_whole(path)
+    name = get_checkpoint_format(path)
+    if name not in FORMATS:
+        raise CheckpointMismatchError(
+            f"{FROM}: {path} is in the format {name!r}, and what can be converted is in one of {', '.join(FORMATS)}"
+        )
+    if name == target_format:
+        raise CheckpointMismatchError(f"{FROM}: {path} is in the format {name!r} already")
+    saved, _ = describe(Source(path, False, f"{FROM} names it"))
+    return _Read(path, name, saved.iteration if manifest is None else manifest.iteration, manifest)
+
+
+def _destination(destination: Path, source: Path, iteration: int) -> Listing:
+    """Check that the destination is a directory of checkpoints, or can become one."""
+    real = destination.resolve()
+    if source.resolve() in (real, *real.parents):
+        raise NotACheckpointError(f"{TO}: {destination} lies in the checkpoint that is to be converted")
+    if (real / iteration_name(iteration)).resolve() == source.resolve():
+        raise CheckpointMismatchError(
+            f"{TO}: {destination} is the directory of the checkpoint that is to be converted, which is never "
+            "replaced; name another"
+        )
+    if destination.exists() and not destination.is_dir():
+        raise NotACheckpointError(f"{TO}: {destination} is not a directory")
+    listing = list_checkpoints(destination)
+    if listing.exists and is_iteration_directory(destination):
+        raise NotACheckpointError(f"{TO}: {destination} is one checkpoint; name a directory of checkpoints")
+    has_checkpoints = listing.iterations or listing.has_release or listing.has_tracker or listing.has_legacy_tracker
+    if listing.foreign and not has_checkpoints:
+        raise NotACheckpointError(
+            f"{TO}: {destination} holds something else than checkpoints ({', '.join(listing.foreign[:5])}); name a "
+            "directory of checkpoints, or an empty or new one"
+        )
+    return listing
+
+
+@dataclass
+class _Conversion:
+    """One conversion, in a destination that this process has claimed."""
+
+    request: _Request
+    listing: Listing
+    report: Report
+    started: float
+    reused: int = 0
+    comparing: bool = False
+    peaks: dict[int, int] = field(default_factory=dict)
+
+    def run(self) -> Converted:
+        request, read = self.request, self.request.read
+        fingerprint = fingerprint_of(read.path, read.manifest, request.target_format)
+        progress = Progress(request.destination, read.iteration, fingerprint)
+        published = progress.has_published()
+        if read.iteration in self.listing.iterations and not request.force and not published:
+            raise CheckpointSaveError(
+                f"{TO}: {request.destination} has a checkpoint of iteration {read.iteration}; give --force to replace "
+                "it, or name another directory"
+            )
+        moves, trackers = _tracking(self.listing, read.iteration)
+        if published:
+            path = request.destination / iteration_name(read.iteration)
+            store = open_store(path, request.target_format, request.shares.reader)
+            objects, parts, total = len(store.objects), 0, 0
+        else:
+            store = open_store(read.path, read.name, request.shares.reader)
+            source_format = format_named(read.name)
+            contents = contents_of(read.path, source_format, request.target_format, store, read.manifest)
+            require_writable(request.target_format, store.tensors.values(), contents.in_parts)
+            path, parts, total = self._publish(progress, store, contents)
+            objects = len(contents.objects) + len(contents.in_parts)
+        if moves:
+            trackers = _move_trackers(request.destination, read.iteration, path, self.listing)
+        progress.forget()
+        return Converted(
+            read.path,
+            path,
+            read.iteration,
+            read.name,
+            request.target_format,
+            len(store.tensors),
+            objects,
+            parts,
+            self.reused,
+            total,
+            request.verify and not published,
+            moves,
+            trackers,
+            request.processes,
+            sum(self.peaks.values()),
+            time.monotonic() - self.started,
+        )
+
+    def _publish(self, progress: Progress, store: Store, contents: Contents) -> tuple[Path, int, int]:
+        """Do everything up to the rename; return the path, the number of parts and the bytes of all files."""
+        request, read = self.request, self.request.read
+        parts, limit = self._divide(progress, store, contents)
+        job = Job(
+            read.path,
+            read.name,
+            progress.staging.absolute(),
+            request.target_format,
+            request.shares,
+            limit,
+            request.safe_globals,
+        )
+        try:
+            with pool_of(job, max(1, min(request.processes, len(parts)))) as pool:
+                files = self._fill(pool, progress, parts, limit, store, contents)
+        except (CheckpointSaveError, CheckpointDamagedError, CheckpointMismatchError):
+            if self.comparing:  # what was written is wrong, whatever the reason
+                progress.forget()
+            raise
+        files.sort(key=lambda record: record.name)
+        return self._commit(progress, files), len(parts), sum(record.size for record in files)
+
+    def _fill(
+        self, pool: Pool, progress: Progress, parts: list[Part], limit: int, store: Store, contents: Contents
+    ) -> list[FileRecord]:
+        """Write all files of the checkpoint and compare it with the source; return their records."""
+        request, read, staging = self.request, self.request.read, progress.staging
+        if request.verify and read.manifest is not None and not progress.is_done(_CHECKED):
+            self._check(pool, read.manifest)
+            progress.done(_CHECKED)
+        written = self._convert(pool, progress, parts)
+        beside = write_contents(read.path, staging, contents, read.manifest, len(parts))
+        files = [record for part in (*written, beside) for record in part.files]
+        writer = writer_of(staging, request.target_format, limit)
+        for name in writer.finish(store.tensors.values(), [*written, beside]):
+            sync_file(staging / name)
+            files.append(FileRecord.of(staging, name))
+        if request.verify:
+            self.comparing = True
+            self._compare(pool, parts, store, contents, beside, staging)
+        return files
+
+    def _divide(self, progress: Progress, store: Store, contents: Contents) -> tuple[list[Part], int]:
+        """The parts, and the limit that they were made with."""
+        request = self.request
+        in_parts = list(contents.in_parts.items())
+        try:
+            # Found out before anything is made or taken up.
+            self._parts(store, in_parts, request.shares.piece)
+            self._require_room(progress, store)
+            limit = progress.begin(request.shares.piece)
+            return self._parts(store, in_parts, limit), limit
+        except PlanError as error:
+            raise CheckpointSaveError(f"--memory-gib: {error}; give more memory, or use fewer --processes") from error
+
+    def _parts(self, store: Store, objects: list[tuple[str, int]], limit: int) -> list[Part]:
+        target = self.request.target_format
+
+        def divided(tensor: Tensor) -> Tensor:
+            if target != ZARR:  # then it is the source that may have chunks
+                return tensor
+            chunk = target_chunk(target, tensor, limit)
+            return Tensor(tensor.key, tensor.shape, tensor.dtype, chunk)
+
+        return divide(map(divided, store.tensors.values()), objects, limit)
+
+    def _require_room(self, progress: Progress, store: Store) -> None:
+        available = available_bytes(self.request.destination)
+        there = sum(each.stat().st_size for each in progress.staging.rglob("*") if each.is_file())
+        needed = sum(tensor.nbytes for tensor in store.tensors.values()) - there
+        if available is not None and needed > available:
+            raise NotEnoughSpaceError(
+                f"{TO}: {as_text(needed)} are needed in {self.request.destination} and {as_text(available)} are "
+                "available; free space there and start again, and what is finished is kept"
+            )
+
+    def _check(self, pool: Pool, manifest: Manifest) -> None:
+        self._carry_out(pool, "checking", [Task("check", record.size, files=(record,)) for record in manifest.files])
+
+    def _convert(self, pool: Pool, progress: Progress, parts: list[Part]) -> list[Written]:
+        written: dict[int, Written] = {}
+
+        def finished(task: Task, outcome: Outcome) -> None:
+            if task.part is None or outcome.written is None:
+                raise TypeError("a conversion of a part has no outcome")
+            written[task.part.number] = outcome.written
+            if outcome.reused:
+                self.reused += 1
+            else:
+                progress.remember(task.part.number, outcome.written)
+
+        tasks = [Task("convert", part.nbytes, part, earlier=progress.written(part.number)) for part in parts]
+        self._carry_out(pool, "converting", tasks, finished)
+        return [written[part.number] for part in parts]
+
+    def _compare(
+        self, pool: Pool, parts: list[Part], store: Store, contents: Contents, beside: Written, staging: Path
+    ) -> None:
+        target = open_store(staging, self.request.target_format, self.request.shares.reader)
+        require_same_contents(store, target, staging, contents, format_named(self.request.target_format), beside)
+        self._carry_out(pool, "comparing", [Task("compare", part.nbytes, part) for part in parts])
+
+    def _carry_out(
+        self, pool: Pool, step: Step, tasks: list[Task], finished: Callable[[Task, Outcome], None] | None = None
+    ) -> None:
+        total, done = sum(task.size for task in tasks), 0
+
+        def handled(size: int) -> None:
+            nonlocal done
+            done += size
+            self.report(step, done, total)
+
+        def ended(task: Task, outcome: Outcome) -> None:
+            self.peaks[outcome.process] = max(outcome.peak, self.peaks.get(outcome.process, 0))
+            if finished is not None:
+                finished(task, outcome)
+
+        self.report(step, 0, total)
+        pool.run(tasks, ended, handled)
+
+    def _commit(self, progress: Progress, files: list[FileRecord]) -> Path:
+        read, staging = self.request.read, progress.staging
+        manifest = None if read.manifest is None else _manifest(read.manifest, self.request.target_format, files)
+        progress.set_aside(manifest)
+        if manifest is not None:
+            commit.seal(staging, manifest)
+        else:
+            # Nobody knows the run that saved it, which a manifest would have to describe.
+            sync_tree(staging)
+        return commit.publish(staging, read.iteration)
+
+
+def _manifest(source: Manifest, target_format: str, files: Sequence[FileRecord]) -> Manifest:
+    """What a run would have written, had it saved in this format."""
+    return Manifest(
+        iteration=source.iteration,
+        checkpoint_format=target_format,
+        world_size=source.world_size,
+        parallel_sizes=source.parallel_sizes,
+        versions={"bridge": bridge.__version__, "torch": torch.__version__, "megatron-core": megatron_version},
+        files=tuple(files),
+        created=time.time(),
+        # The starts that the number counts are those of another directory.
+        start=0,
+        metrics={name: value for name, value in source.metrics.items() if math.isfinite(value)},
+    )
+
+
+def _tracking(listing: Listing, iteration: int) -> tuple[bool, str]:
+    """Whether the trackers are to name the new checkpoint, and if not, why, in words.
+
+    Raises:
+        CheckpointDamagedError: a tracker is unreadable.
+    """
+    tracked = read_tracker(listing)
+    if tracked is not None and tracked.release:
+        return False, f"the trackers were left: {tracked.file} names the release checkpoint"
+    newest = max([*listing.iterations, *([] if tracked is None else [tracked.iteration])], default=iteration)
+    if newest > iteration:
+        return False, f"the trackers were left: the directory has the newer iteration {newest}"
+    return True, ""
+
+
+def _move_trackers(directory: Path, iteration: int, path: Path, listing: Listing) -> str:
+    """Make the trackers name a published checkpoint; return what was done, in words."""
+    train_state = path / TRAIN_STATE
+    if train_state.exists():
+        commit.move_trackers(directory, iteration, train_state.read_bytes())
+        return f"the trackers name iteration {iteration}"
+    if listing.has_tracker:
+        return f"the trackers were left: the checkpoint has no {TRAIN_STATE}, which ours is a copy of"
+    replace_file(directory / LEGACY_TRACKER, str(iteration).encode())
+    return f"{LEGACY_TRACKER} names iteration {iteration}"
