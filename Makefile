@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint typecheck pytest check format clean distclean
+.PHONY: help setup quickstart test lint typecheck pytest faults check format clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ typecheck: setup ## mypy, strict, over bridge/
 
 pytest: setup ## the tests alone; ARGS='-k name' passes arguments to pytest
 	@$(VENV) -m pytest $(ARGS)
+
+faults: setup ## the whole fault-injection suite (docs/faults.md); takes an hour or so on 2 cores
+	@$(VENV) -m pytest tests/faults -m 'faults or not slow' $(ARGS)
 
 check: test ## the same as test
 
