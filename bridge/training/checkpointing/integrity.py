@@ -8,20 +8,26 @@ do not match it has been damaged since.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
+from bridge.training.checkpointing import checksums as sums
 from bridge.training.checkpointing.errors import CheckpointDamagedError
-from bridge.training.checkpointing.files import crc32_of_file, write_file
+from bridge.training.checkpointing.files import write_file
 from bridge.training.checkpointing.layout import MANIFEST
+from bridge.training.checkpointing.safety.containment import is_plain_name
 
-FORMAT_VERSION = 1
-CHECKSUM = "crc32"
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)
+"""The first had neither samples nor a checksum of the manifest itself."""
 
-_LARGEST_MANIFEST = 1 << 30
+_LARGEST_MANIFEST = 1 << 28
+"""Bytes; a million files take half of it."""
+
+Level = Literal["off", "sizes", "full"]
+"""How much of a checkpoint is checked before it is loaded, as `checkpoint.integrity` says it."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,33 @@ class FileRecord:
     size: int
     """Bytes."""
     checksum: str
-    """CRC-32 of the contents, 8 hexadecimal digits."""
+    """Of the contents, in hexadecimal digits."""
+    kind: str = sums.DEFAULT
+    """Of the checksum: one of `checksums.KINDS`."""
+    sample: str = ""
+    """Checksum of some of a large file, as `checksums.sample_of` takes it; empty where there is none."""
 
     @classmethod
-    def of(cls, directory: Path, name: str) -> FileRecord:
-        """Describe a file that has just been written."""
+    def of(cls, directory: Path, name: str, kind: str = sums.DEFAULT) -> FileRecord:
+        """Describe a file by reading it."""
         path = directory / name
-        return cls(name, path.stat().st_size, crc32_of_file(path))
+        return cls(name, path.stat().st_size, sums.of_file(path, kind), kind).sampled(directory)
+
+    @classmethod
+    def of_bytes(cls, name: str, data: bytes, kind: str = sums.DEFAULT) -> FileRecord:
+        """Describe a small file by what is meant to be in it."""
+        return cls(name, len(data), sums.of_bytes(data, kind), kind)
+
+    def sampled(self, directory: Path) -> FileRecord:
+        """The same with a sample of the file, if it is large."""
+        if self.size <= sums.SAMPLED_BYTES:
+            return self
+        sample = sums.sample_of(directory / self.name, self.kind)
+        return FileRecord(self.name, self.size, self.checksum, self.kind, sample)
+
+    def to_entry(self) -> dict[str, Any]:
+        """What the manifest says of the file, under its name."""
+        return {"size": self.size, "checksum": self.checksum} | ({"sample": self.sample} if self.sample else {})
 
 
 @dataclass(frozen=True)
@@ -54,10 +80,12 @@ class Manifest:
     versions: dict[str, str]
     """bridge, torch and megatron-core."""
     files: tuple[FileRecord, ...]
-    """Every file except the manifest itself, by name."""
+    """Every file except the manifest itself, by name; their checksums are of one kind."""
     format_version: int = field(default=FORMAT_VERSION)
     created: float | None = None
     """When the checkpoint was committed, Unix time in seconds; None in manifests that do not say."""
+    start: int = 0
+    """Number of the run's start that saved it; 0 where nobody counts."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What the run measured in the step before the save, by name; finite numbers."""
 
@@ -66,12 +94,39 @@ class Manifest:
         """Bytes of all files."""
         return sum(record.size for record in self.files)
 
+    @property
+    def checksum(self) -> str:
+        """The kind of all its checksums.
+
+        Raises:
+            ValueError: they are of several kinds.
+        """
+        kinds = {record.kind for record in self.files}
+        if len(kinds) > 1:
+            raise ValueError(f"the files have checksums of several kinds: {', '.join(sorted(kinds))}")
+        return kinds.pop() if kinds else sums.DEFAULT
+
+    def record(self, name: str) -> FileRecord | None:
+        """What it says of one file; None if that is not among its files."""
+        return next((record for record in self.files if record.name == name), None)
+
     def to_json(self) -> str:
         """The text of `manifest.json`."""
-        content = asdict(self) | {
-            "checksum": CHECKSUM,
-            "files": {r.name: {"size": r.size, "checksum": r.checksum} for r in self.files},
+        content = {
+            "iteration": self.iteration,
+            "checkpoint_format": self.checkpoint_format,
+            "world_size": self.world_size,
+            "parallel_sizes": self.parallel_sizes,
+            "versions": self.versions,
+            "format_version": self.format_version,
+            "created": self.created,
+            "start": self.start,
+            "metrics": self.metrics,
+            "checksum": self.checksum,
+            "files": {record.name: record.to_entry() for record in self.files},
         }
+        if self.format_version > 1:
+            content["own_checksum"] = _own_checksum(content)
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -79,28 +134,37 @@ class Manifest:
         """Parse and check a manifest.
 
         Raises:
-            ValueError: it is not a manifest that this version writes or understands.
+            ValueError: it is not a manifest that this version writes or understands, or it has been changed.
         """
         content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("it is not a JSON object")
         version = content.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"its format_version is {version!r}; this version of bridge reads {FORMAT_VERSION}")
-        if content.get("checksum") != CHECKSUM:
-            raise ValueError(f"its checksum is {content.get('checksum')!r}; this version of bridge reads {CHECKSUM!r}")
+        if isinstance(version, bool) or version not in _READABLE_VERSIONS:
+            readable = " and ".join(map(str, _READABLE_VERSIONS))
+            raise ValueError(f"its format_version is {version!r}; this version of bridge reads {readable}")
+        kind = content.get("checksum")
+        if kind not in sums.KINDS:
+            raise ValueError(f"its checksum is {kind!r}; this version of bridge reads {', '.join(sums.KINDS)}")
         files = _typed(content, "files", dict)
         metrics = _typed({"metrics": {}} | content, "metrics", dict)
-        return cls(
+        manifest = cls(
             iteration=_typed(content, "iteration", int),
             checkpoint_format=_typed(content, "checkpoint_format", str),
             world_size=_typed(content, "world_size", int),
             parallel_sizes=_typed(content, "parallel_sizes", dict),
             versions=_typed(content, "versions", dict),
-            files=tuple(_file_record(name, entry) for name, entry in sorted(files.items())),
+            files=tuple(_file_record(name, entry, kind) for name, entry in sorted(files.items())),
+            format_version=version,
             created=None if content.get("created") is None else _finite("created", content["created"]),
+            start=_typed({"start": 0} | content, "start", int),
             metrics={name: _finite(name, value) for name, value in metrics.items()},
         )
+        if version > 1 and content.pop("own_checksum", None) != _own_checksum(content):
+            raise ValueError("it has been changed since it was written: its own_checksum is another one")
+        if version > 1 and not text.endswith("}\n"):
+            raise ValueError("its end is missing")
+        return manifest
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -119,51 +183,77 @@ def read_manifest(directory: Path) -> Manifest | None:
         if path.stat().st_size > _LARGEST_MANIFEST:
             raise ValueError(f"it has {path.stat().st_size} bytes")
         return Manifest.from_json(path.read_text())
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise CheckpointDamagedError(f"{path} is not a readable manifest: it is a link to nothing") from error
         return None
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointDamagedError(f"{path} is not a readable manifest: {error}") from error
 
 
-def find_damage(directory: Path, records: Iterable[FileRecord], *, checksums: bool = False) -> list[str]:
+def find_damage(
+    directory: Path, records: Iterable[FileRecord], *, checksums: bool = False, samples: bool = False
+) -> list[str]:
     """Compare the files of a directory with their records; one sentence for each file that differs.
 
     Args:
         directory: the checkpoint.
         records: the files to check.
         checksums: also read every file and compare its checksum.
+        samples: also read some of every large file, and all of every small one.
     """
-    problems = []
-    for record in records:
-        path = directory / record.name
-        if path.is_symlink() or not path.is_file():
-            problems.append(f"{record.name} is missing" if not path.exists() else f"{record.name} is not a file")
-            continue
-        size = path.stat().st_size
-        if size != record.size:
-            problems.append(f"{record.name} has {size} bytes instead of {record.size}")
-        elif checksums and (found := crc32_of_file(path)) != record.checksum:
-            problems.append(f"{record.name} has {CHECKSUM} {found} instead of {record.checksum}")
-    return problems
+    found = (_damage_of(directory, record, checksums, samples) for record in records)
+    return [problem for problem in found if problem]
 
 
-def _file_record(name: str, entry: Any) -> FileRecord:
-    path = PurePosixPath(name)
-    if path.is_absolute() or not path.parts or ".." in path.parts or str(path) != name:
+def _damage_of(directory: Path, record: FileRecord, checksums: bool, samples: bool) -> str:
+    path = directory / record.name
+    if path.is_symlink() or not path.is_file():
+        return f"{record.name} is missing" if not path.exists() else f"{record.name} is not a file"
+    size = path.stat().st_size
+    if size != record.size:
+        return f"{record.name} has {size} bytes instead of {record.size}"
+    try:
+        if samples and not checksums and record.sample:
+            sampled = sums.sample_of(path, record.kind)
+            if sampled != record.sample:
+                return f"{record.name} has {record.kind} {sampled} instead of {record.sample} in a sample of it"
+        elif checksums or (samples and record.size <= sums.SAMPLED_BYTES):
+            checksum = sums.of_file(path, record.kind)
+            if checksum != record.checksum:
+                return f"{record.name} has {record.kind} {checksum} instead of {record.checksum}"
+    except OSError as error:
+        return f"{record.name} cannot be read: {error.strerror or error}"
+    return ""
+
+
+def _own_checksum(content: dict[str, Any]) -> str:
+    """The checksum of everything else in a manifest, whatever its layout on the page."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return sums.of_bytes(text.encode(), str(content["checksum"]))
+
+
+def _file_record(name: str, entry: Any, kind: str) -> FileRecord:
+    if not is_plain_name(name):
         raise ValueError(f"the file name {name!r} leaves the checkpoint or is not in its plain form")
     if not isinstance(entry, dict):
         raise ValueError(f"the entry of {name!r} is not an object")
-    return FileRecord(name, _typed(entry, "size", int), _typed(entry, "checksum", str))
+    size = _typed(entry, "size", int)
+    if size < 0:
+        raise ValueError(f"the size of {name!r} is {size}")
+    sample = _typed({"sample": ""} | entry, "sample", str)
+    return FileRecord(name, size, _typed(entry, "checksum", str), kind, sample)
 
 
 def _finite(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"its {name!r} is {value!r}, not a finite number")
+    # Compared before it is converted: an integer of a thousand digits is no float.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -1e308 < value < 1e308:
+        raise ValueError(f"its {name!r} is {str(value)[:40]}, not a finite number")
     return float(value)
 
 
 def _typed(content: dict[str, Any], key: str, kind: type) -> Any:
     value = content.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"its {key!r} is {value!r}, not of type {kind.__name__}")
+        raise ValueError(f"its {key!r} is {repr(value)[:80]}, not of type {kind.__name__}")
     return value

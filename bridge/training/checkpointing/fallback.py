@@ -1,0 +1,160 @@
+"""Going back to an older checkpoint where the newest is damaged: the order, the rules, and the marks that it leaves.
+
+What is damaged is passed over; what does not fit the run, or is unsafe, is the user's to decide about. All of this is
+the same on every rank, because every rank meets the same error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from bridge.training.checkpointing import marks
+from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    KeeperLostError,
+    NotACheckpointError,
+)
+from bridge.training.checkpointing.layout import list_checkpoints, parse_iteration_name
+from bridge.training.checkpointing.plans.load_plan import Saved
+from bridge.training.checkpointing.resolve import Offer, Source
+from bridge.training.checkpointing.source import older_sources
+
+logger = logging.getLogger(__name__)
+
+Stored = TypeVar("Stored")
+T = TypeVar("T")
+
+_DAMAGE = (CheckpointDamagedError, NotACheckpointError, CheckpointNotFoundError)
+
+
+@dataclass
+class Candidates:
+    """The checkpoints that a run may start from, the best first, and those that turned out not to be good."""
+
+    waiting: list[Source]
+    offers: list[Offer] = field(default_factory=list)
+    """What other tiers have, to go back to where the persistent checkpoint is damaged."""
+    fallback: bool = True
+    """Whether what is damaged may be passed over at all."""
+    save_dir: Path | None = None
+    """Where this run saves: only there are damaged checkpoints marked."""
+    failed: list[CheckpointError] = field(default_factory=list)
+    _went_back: bool = False
+
+    def pass_over(self, source: Source, error: CheckpointError, ranks: Ranks) -> None:
+        """Leave a checkpoint that could not be loaded for the next one. Collective.
+
+        Raises:
+            CheckpointError: it may not be passed over, or there is nothing left.
+        """
+        if not self._may_pass_over(source, error):
+            raise error
+        if source.kind == "persistent" and ranks.first("looking for it again", lambda: not source.path.exists()):
+            raise CheckpointNotFoundError(
+                f"{source.path} was removed while it was being loaded, as by the retention of a run that saves there: "
+                "start again, or have that run keep it (docs/retention.md)"
+            ) from error
+        self.failed.append(error)
+        if not self.waiting and source.kind == "persistent" and not self._went_back:
+            self._went_back = True
+            self.waiting = ranks.first("looking for an older checkpoint", lambda: self._older(source))
+        if source.kind == "persistent":
+            ranks.first("marking a damaged checkpoint", lambda: self._mark(source, error))
+        if not self.waiting:
+            raise self._hopeless(error)
+        if ranks.is_first:
+            logger.error("PASSING OVER A DAMAGED CHECKPOINT, going back to %s: %s", self.waiting[0].path, error)
+
+    def accept(self, source: Source, ranks: Ranks) -> None:
+        """Take note that a checkpoint was loaded. Collective."""
+        if source.kind == "persistent" and self._is_own(source):
+            ranks.first("removing a mark of damage", lambda: self._unmark(source))
+
+    def _may_pass_over(self, source: Source, error: CheckpointError) -> bool:
+        if source.kind != "persistent" and isinstance(error, CheckpointMismatchError | KeeperLostError):
+            return True  # those of other tiers are bound to the layout that saved them, or to a process that may die
+        return isinstance(error, _DAMAGE) and self.fallback and not source.release
+
+    def _older(self, source: Source) -> list[Source]:
+        iteration = parse_iteration_name(source.path.name)
+        if iteration is None:
+            return []
+        return older_sources(list_checkpoints(source.path.parent), iteration, self.offers)
+
+    def _hopeless(self, last: CheckpointError) -> CheckpointError:
+        if len(self.failed) == 1:
+            return last
+        return type(last)(f"no checkpoint can be loaded: {'; '.join(str(error) for error in self.failed)}")
+
+    def _is_own(self, source: Source) -> bool:
+        return self.save_dir is not None and self.save_dir.resolve() == source.path.parent.resolve()
+
+    def _mark(self, source: Source, error: CheckpointError) -> None:
+        if self._is_own(source):
+            marks.mark(source.path, str(error))
+
+    def _unmark(self, source: Source) -> None:
+        if marks.is_marked(source.path):
+            logger.warning("%s was marked as damaged and is good again", source.path)
+            marks.unmark(source.path)
+
+
+def load_best(
+    candidates: Candidates,
+    describe: Callable[[Source], tuple[Stored, Saved]],
+    restore: Callable[[Stored, Saved], T],
+    ranks: Ranks,
+) -> T:
+    """Load the first candidate that is good. Collective.
+
+    Args:
+        candidates: at least one.
+        describe: opens a checkpoint and reads what it says about itself; changes nothing of the run.
+        restore: reads the rest of it into the run.
+        ranks: all ranks.
+
+    Returns:
+        What `restore` returned.
+
+    Raises:
+        CheckpointError: what is wrong with one that may not be passed over, or with all of them.
+    """
+    begun: Saved | None = None
+    while True:
+        source = candidates.waiting.pop(0)
+        try:
+            stored, saved = describe(source)
+            require_as_much(begun, saved, source.path)
+            begun = saved
+            result = restore(stored, saved)
+        except CheckpointError as error:
+            candidates.pass_over(source, error, ranks)
+        else:
+            candidates.accept(source, ranks)
+            return result
+
+
+def require_as_much(begun: Saved | None, saved: Saved, path: Path) -> None:
+    """Refuse a checkpoint that would not overwrite all that an earlier one may have left behind half-read.
+
+    Args:
+        begun: what the earlier one said of itself; None if there was none.
+        saved: what this one says.
+        path: of this one.
+
+    Raises:
+        CheckpointMismatchError: it lacks the optimizer's state.
+    """
+    if begun is not None and begun.has_optimizer and not saved.has_optimizer:
+        raise CheckpointMismatchError(
+            f"{path} has no optimizer state to go back to, and part of a damaged checkpoint's may have been read; "
+            "start again with checkpoint.ckpt_step set to the iteration to load"
+        )
