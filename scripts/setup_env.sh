@@ -43,9 +43,17 @@ create_venv() {
     fi
 }
 
+# A few tests run under strace, and are skipped where it is not there. Its absence is no error.
+install_strace() {
+    if ! command -v strace >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        { apt-get install --yes strace || { apt-get update && apt-get install --yes strace; }; } >/dev/null 2>&1 || true
+    fi
+}
+
 if up_to_date; then
     exit 0
 fi
+install_strace
 
 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 if [ -x .venv/bin/python ]; then

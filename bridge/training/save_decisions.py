@@ -1,6 +1,6 @@
 """When a run saves, what kind of checkpoint, and when it ends: pure decisions over what all ranks know alike.
 
-A policy is a condition that puts itself into words. Policies are combined by "any of", and `SaveDecisions` is
+A trigger is a condition that puts itself into words. Triggers are combined by "any of", and `SaveDecisions` is
 made of three such combinations: what calls for a persistent save, for a non-persistent one, and for the end.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from bridge.training.callbacks import CheckpointKind
 from bridge.training.checkpointing.layout import SAVE_NOW
 from bridge.training.config import CheckpointConfig, TrainingConfig
 
@@ -31,7 +32,7 @@ class Moment:
     """Since training went on after the last persistent save, or began, by rank 0's clock; 0 likewise."""
 
 
-class Policy(Protocol):
+class Trigger(Protocol):
     """A condition that is met after some steps."""
 
     def due(self, moment: Moment) -> str | None:
@@ -46,7 +47,7 @@ class EveryIterations:
     setting: str
 
     def due(self, moment: Moment) -> str | None:
-        """See `Policy`."""
+        """See `Trigger`."""
         if moment.step % self.interval:
             return None
         return f"iteration {moment.step} is a multiple of {self.setting} ({self.interval})"
@@ -59,7 +60,7 @@ class MinutesSinceSave:
     minutes: float
 
     def due(self, moment: Moment) -> str | None:
-        """See `Policy`."""
+        """See `Trigger`."""
         if moment.seconds_since_save < 60 * self.minutes:
             return None
         return f"checkpoint.save_interval_minutes ({self.minutes:g}) has passed since the last save"
@@ -72,7 +73,7 @@ class MinutesRunning:
     minutes: float
 
     def due(self, moment: Moment) -> str | None:
-        """See `Policy`."""
+        """See `Trigger`."""
         if moment.seconds_running < 60 * self.minutes:
             return None
         return f"train.exit_duration_in_mins ({self.minutes:g}) has passed"
@@ -85,7 +86,7 @@ class OnSignal:
     name: str
 
     def due(self, moment: Moment) -> str | None:
-        """See `Policy`."""
+        """See `Trigger`."""
         return f"{self.name} was received" if self.name in moment.signals else None
 
 
@@ -94,7 +95,7 @@ class OnRequest:
     """Met when somebody has put the file `SAVE_NOW` into the save directory."""
 
     def due(self, moment: Moment) -> str | None:
-        """See `Policy`."""
+        """See `Trigger`."""
         return f"{SAVE_NOW} was found in checkpoint.save" if moment.requested else None
 
 
@@ -105,19 +106,19 @@ class AtIteration:
     last: int
 
     def due(self, moment: Moment) -> str | None:
-        """See `Policy`."""
+        """See `Trigger`."""
         return f"train.train_iters ({self.last}) reached" if moment.step >= self.last else None
 
 
 @dataclass(frozen=True)
 class AnyOf:
-    """Met when any of `policies` is; the first one that is says why."""
+    """Met when any of `triggers` is; the first one that is says why."""
 
-    policies: tuple[Policy, ...] = ()
+    triggers: tuple[Trigger, ...] = ()
 
     def due(self, moment: Moment) -> str | None:
-        """See `Policy`."""
-        return next((why for policy in self.policies if (why := policy.due(moment)) is not None), None)
+        """See `Trigger`."""
+        return next((why for trigger in self.triggers if (why := trigger.due(moment)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,15 @@ class SaveDecisions:
     """Decides after each step what is saved and whether training goes on.
 
     There is one decision a step, so no step is saved twice. A step that calls for both kinds of checkpoint gets
-    the persistent one, and so does every step that ends the run: what is left behind must be durable.
+    the persistent one, and so does every step that ends the run: what is left behind must be durable. Only with
+    `checkpoint.save_interval` 0 the last of all steps is not saved.
     """
 
-    early_exit: Policy
-    end: Policy
-    persistent: Policy
+    early_exit: Trigger
+    end: Trigger
+    persistent: Trigger
     """Calls for a persistent save while training goes on."""
-    non_persistent: Policy
+    non_persistent: Trigger
     has_directory: bool
     """Whether there is a directory for persistent checkpoints; without it none are saved."""
     saves_end: bool
@@ -169,8 +171,23 @@ class SaveDecisions:
             why = early or (end if self.saves_end else None) or self.persistent.due(moment)
             if why is not None:
                 return Decision("persistent", why, exit_reason)
-        why = self.non_persistent.due(moment)
+        # Nothing of the last step is to be saved: a recovery point of it would be for nobody.
+        why = None if end else self.non_persistent.due(moment)
         return Decision(None if why is None else "non-persistent", why, exit_reason)
+
+    def after_load(self, kind: CheckpointKind | None, is_over: bool) -> Decision:
+        """What is saved before the first step.
+
+        Args:
+            kind: of the checkpoint that was loaded; None for a fresh start.
+            is_over: whether there is no step left.
+        """
+        if kind == "in_memory" and self.has_directory:
+            # What was only in memory has survived one crash; it shall survive the machine's too.
+            return Decision("persistent", "it was restored from memory")
+        if is_over and kind not in (None, "persistent") and self.has_directory and self.saves_end:
+            return Decision("persistent", "the end of training is in no persistent checkpoint")
+        return Decision()
 
     def after_failed_step(self, reason: str, save: bool) -> Decision:
         """What follows a step that was not taken: the run ends, and `save` tells whether the state is worth saving.
@@ -187,29 +204,29 @@ def watched_signals(train: TrainingConfig, checkpoint: CheckpointConfig) -> tupl
     return tuple(name for name in (exit_signal, checkpoint.save_signal) if name is not None)
 
 
-def _exits(train: TrainingConfig) -> tuple[Policy, ...]:
-    policies: list[Policy] = []
+def _exits(train: TrainingConfig) -> tuple[Trigger, ...]:
+    triggers: list[Trigger] = []
     if train.exit_signal_handler:
-        policies.append(OnSignal(train.exit_signal))
+        triggers.append(OnSignal(train.exit_signal))
     if train.exit_duration_in_mins is not None:
-        policies.append(MinutesRunning(train.exit_duration_in_mins))
+        triggers.append(MinutesRunning(train.exit_duration_in_mins))
     if train.exit_interval:
-        policies.append(EveryIterations(train.exit_interval, "train.exit_interval"))
-    return tuple(policies)
+        triggers.append(EveryIterations(train.exit_interval, "train.exit_interval"))
+    return tuple(triggers)
 
 
-def _persistent_saves(checkpoint: CheckpointConfig) -> tuple[Policy, ...]:
-    policies: list[Policy] = [OnRequest()]
+def _persistent_saves(checkpoint: CheckpointConfig) -> tuple[Trigger, ...]:
+    triggers: list[Trigger] = [OnRequest()]
     if checkpoint.save_signal is not None:
-        policies.append(OnSignal(checkpoint.save_signal))
+        triggers.append(OnSignal(checkpoint.save_signal))
     if checkpoint.save_interval:
-        policies.append(EveryIterations(checkpoint.save_interval, "checkpoint.save_interval"))
+        triggers.append(EveryIterations(checkpoint.save_interval, "checkpoint.save_interval"))
     if checkpoint.save_interval_minutes is not None:
-        policies.append(MinutesSinceSave(checkpoint.save_interval_minutes))
-    return tuple(policies)
+        triggers.append(MinutesSinceSave(checkpoint.save_interval_minutes))
+    return tuple(triggers)
 
 
-def _non_persistent_saves(checkpoint: CheckpointConfig) -> tuple[Policy, ...]:
+def _non_persistent_saves(checkpoint: CheckpointConfig) -> tuple[Trigger, ...]:
     interval = checkpoint.non_persistent_save_interval
     if not interval:
         return ()

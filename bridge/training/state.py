@@ -81,6 +81,8 @@ class GlobalState:
     """Directory of the checkpoint that this run started from; None for a fresh start."""
     loaded_kind: CheckpointKind | None = None
     """Of which kind that checkpoint is."""
+    resumed_at: int | None = None
+    """Iteration that this run goes on from; 0 for a fresh start, None before anything was loaded or found absent."""
     peft: PEFT | None = None
     """What the model was adapted by; from then on checkpoints hold its adapters only. None trains the whole model."""
     metrics: dict[str, float] = field(default_factory=dict)

@@ -113,9 +113,8 @@ def _run_steps(run: Run, train_iters: int, watch: StepWatch, metrics_file: Metri
     decisions = SaveDecisions.of(run.cfg.train, run.cfg.checkpoint, train_iters)
     reruns = run.cfg.rerun_state_machine.rerun_mode != "disabled"
     decision, position, exit_code = Decision(), None, 0
-    if run.state.loaded_kind == "in_memory":
-        # What was only in memory has survived one crash; it shall survive the machine's too.
-        _carry_out(run, Decision("persistent", "it was restored from memory"), watch)
+    first = decisions.after_load(run.state.loaded_kind, is_over=progress.step >= train_iters)
+    _carry_out(run, first, watch)
     while decision.exit_reason is None and progress.step < train_iters:
         run.manager.finalize_async_saves(run.state, blocking=False)
         position = position_of(run.train_data_iterator) if reruns else None
@@ -190,7 +189,7 @@ def _iterate(run: Run, metrics_file: MetricsFile, train_iters: int) -> StepFaile
 
 
 def _save(run: Run, kind: SaveKind, position: Position | None) -> None:
-    if run.cfg.ddp.overlap_param_gather:
+    if run.cfg.ddp.overlap_param_gather and not run.cfg.ddp.use_megatron_fsdp:
         # The optimizer's new parameters may still be on their way to the other ranks.
         for chunk in run.model:
             chunk.start_param_sync(force_sync=True)

@@ -34,6 +34,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "load_main_params_from_ckpt": {"load_optim": False},
     "non_persistent_save_interval": {"non_persistent_ckpt_type": "global"},
     "non_persistent_ckpt_type": {"non_persistent_local_ckpt_dir": "/local/checkpoints"},
+    "strict_fsdp_dtensor_load": {"ckpt_format": "fsdp_dtensor"},
     "replication": {"non_persistent_ckpt_type": "in_memory", "replication_jump": 8},
     "retain_best_k": {"retain_best_metric": "loss"},
     "retain_best_metric": {"retain_best_k": 1},

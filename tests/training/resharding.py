@@ -121,10 +121,11 @@ class Saved:
     model: Model
     layout: Layout
     optimizer: str
+    format: str = "torch_dist"
 
     def directory(self, root: Path) -> Path:
         """Where it is saved."""
-        return root / f"{self.model.name} {self.layout.name} {self.optimizer}".replace(" ", "_")
+        return root / f"{self.model.name} {self.layout.name} {self.optimizer} {self.format}".replace(" ", "_")
 
 
 @dataclass(frozen=True)
@@ -195,17 +196,18 @@ def _save(saved: Saved, root: Path) -> Outcome:
     directory = saved.directory(root)
     directory.parent.mkdir(parents=True, exist_ok=True)
     metrics = directory.with_suffix(".jsonl")
-    callbacks = CallbackManager()
     state: list[dict[str, str] | None] = []
-    cfg = config(saved.model, saved.layout, saved.optimizer, metrics, save=str(directory), save_interval=SAVED_AT)
-    run = setup(cfg, callbacks)
+    saving = {"save": str(directory), "save_interval": SAVED_AT, "ckpt_format": saved.format}
+    cfg = config(saved.model, saved.layout, saved.optimizer, metrics, **saving)
+    run = setup(cfg)
+    save = run.manager.save
 
-    def keep(context: Any) -> None:
-        if run.state.train_state.step == SAVED_AT:
+    def save_once(context: Any, callbacks: CallbackManager | None) -> None:
+        if run.state.train_state.step == SAVED_AT:  # and not at the end
+            save(context, callbacks)
             state.append(consolidate(run))
-            run.cfg.checkpoint.save = run.cfg.checkpoint.save_interval = None  # the end needs no checkpoint
 
-    callbacks.register("on_checkpoint_save", keep)
+    run.manager.save = save_once  # type: ignore[method-assign]
     train(run)
     return Outcome(state[0], _losses(metrics))
 

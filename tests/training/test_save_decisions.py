@@ -19,8 +19,8 @@ from bridge.training.save_decisions import (
     Moment,
     OnRequest,
     OnSignal,
-    Policy,
     SaveDecisions,
+    Trigger,
     watched_signals,
 )
 
@@ -37,7 +37,7 @@ NOTHING = Decision()
 
 
 @pytest.mark.parametrize(
-    ("policy", "moment", "why"),
+    ("trigger", "moment", "why"),
     [
         (EveryIterations(2, "every"), Moment(6), "iteration 6 is a multiple of every (2)"),
         (EveryIterations(4, "every"), Moment(6), None),
@@ -60,8 +60,8 @@ NOTHING = Decision()
         (AnyOf((AtIteration(6), OnRequest())), Moment(6, requested=True), END),
     ],
 )
-def test_a_policy_says_why_it_is_met(policy: Policy, moment: Moment, why: str | None) -> None:
-    assert policy.due(moment) == why
+def test_a_trigger_says_why_it_is_met(trigger: Trigger, moment: Moment, why: str | None) -> None:
+    assert trigger.due(moment) == why
 
 
 TERMINATED = Moment(6, frozenset({"SIGTERM"}))
@@ -132,7 +132,7 @@ def test_after_step_6_of_100(
         ({}, {"save": "dir", "save_interval": 0}, Moment(6), Decision(exit_reason=END)),
         ({}, {"save_interval": 3}, Moment(6), Decision(exit_reason=END)),
         ({}, {"save": "dir", **LOCAL}, Moment(6), Decision("persistent", END, END)),
-        ({}, {"save": "dir", "save_interval": 0, **LOCAL}, Moment(6), Decision("non-persistent", LOCAL_3, END)),
+        ({}, {"save": "dir", "save_interval": 0, **LOCAL}, Moment(6), Decision(exit_reason=END)),
         (HANDLED, {"save": "dir", "save_interval": 0}, TERMINATED, Decision("persistent", TERM, END)),
         ({}, {"save": "dir", "save_interval": 0}, Moment(6, requested=True), Decision("persistent", REQUEST, END)),
     ],
@@ -155,6 +155,31 @@ def test_after_the_last_step(
 def test_after_a_step_that_was_not_taken(save: str | None, worth_saving: bool, expected: Decision) -> None:
     decisions = SaveDecisions.of(TrainingConfig(), CheckpointConfig(save=save, save_interval=0), train_iters=6)
     assert decisions.after_failed_step("not a number", worth_saving) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_over", "checkpoint", "expected"),
+    [
+        (None, False, {"save": "dir"}, NOTHING),
+        (None, True, {"save": "dir"}, NOTHING),
+        ("persistent", True, {"save": "dir"}, NOTHING),
+        ("in_memory", False, {"save": "dir"}, Decision("persistent", "it was restored from memory")),
+        ("in_memory", True, {"save": "dir"}, Decision("persistent", "it was restored from memory")),
+        ("in_memory", True, {}, NOTHING),
+        ("local", False, {"save": "dir"}, NOTHING),
+        ("local", True, {"save": "dir"}, Decision("persistent", "the end of training is in no persistent checkpoint")),
+        ("local", True, {"save": "dir", "save_interval": 0}, NOTHING),
+        (
+            "non_persistent_global",
+            True,
+            {"save": "dir"},
+            Decision("persistent", "the end of training is in no persistent checkpoint"),
+        ),
+    ],
+)
+def test_after_a_load(kind: Any, is_over: bool, checkpoint: dict[str, Any], expected: Decision) -> None:
+    decisions = SaveDecisions.of(TrainingConfig(), CheckpointConfig(**checkpoint), train_iters=6)
+    assert decisions.after_load(kind, is_over) == expected
 
 
 INTERVALS = st.one_of(st.none(), st.integers(1, 8))

@@ -112,13 +112,21 @@ def digests(run: Run) -> dict[str, str]:
                     found[f"{prefix}.{key}"] = _hash(value) if torch.is_tensor(value) else repr(value)
     found["scheduler"] = repr(run.scheduler.state_dict())
     found["train state"] = repr(run.state.train_state)
-    found["rng python"] = hashlib.sha256(pickle.dumps(random.getstate())).hexdigest()
-    found["rng numpy"] = hashlib.sha256(pickle.dumps(np.random.get_state())).hexdigest()
-    found["rng torch"] = _hash(torch.get_rng_state())
-    for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items():
-        found[f"rng tracker {name}"] = _hash(state)
+    found |= digests_of_random_states()
     if run.train_data_iterator is not None:
         found["data iterator"] = repr(run.train_data_iterator.save_state())
+    return found
+
+
+def digests_of_random_states() -> dict[str, str]:
+    """One hash for each random generator of this rank."""
+    found = {
+        "rng python": hashlib.sha256(pickle.dumps(random.getstate())).hexdigest(),
+        "rng numpy": hashlib.sha256(pickle.dumps(np.random.get_state())).hexdigest(),
+        "rng torch": _hash(torch.get_rng_state()),
+    }
+    for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items():
+        found[f"rng tracker {name}"] = _hash(state)
     return found
 
 

@@ -9,6 +9,7 @@ from logging import getLogger
 from bridge.training.checkpointing.contents.dataloader import maybe_save_dataloader_state
 from bridge.training.checkpointing.contents.extra_state import delete_extra_state
 from bridge.training.checkpointing.contents.extra_state import is_model_section as _is_model_section
+from bridge.training.checkpointing.contents.fsdp_dtensor import preprocess_fsdp_dtensor_state_dict
 from bridge.training.checkpointing.contents.glu import apply_to_tensor as _apply_glu_interleave_to_tensor_data
 from bridge.training.checkpointing.contents.glu import deinterleave_tensor as _deinterleave_glu_tensor
 from bridge.training.checkpointing.contents.glu import interleave_tensor as _interleave_glu_tensor
@@ -50,10 +51,9 @@ from bridge.training.checkpointing.errors import (
 from bridge.training.checkpointing.formats.fsdp_dtensor import (
     create_fsdp_dtensor_storage_writer as _create_fsdp_dtensor_storage_writer,
 )
-from bridge.training.checkpointing.formats.fsdp_dtensor import (
+from bridge.training.checkpointing.fsdp_stages import (
     get_save_and_finalize_callbacks,
     load_fsdp_dtensor_checkpoint,
-    preprocess_fsdp_dtensor_state_dict,
     save_fsdp_dtensor_checkpoint,
 )
 from bridge.training.checkpointing.layout import NON_PERSISTENT_DIRECTORY as _NON_PERSISTENT_CKPT_SUBDIR

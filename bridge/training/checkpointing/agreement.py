@@ -18,19 +18,26 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from bridge.training.checkpointing.errors import ERRORS_BY_NAME, CheckpointError, RankLostError, is_storage_failure
+from bridge.training.checkpointing.errors import (
+    ERRORS_BY_NAME,
+    CheckpointError,
+    RankLostError,
+    UnsafeCheckpointError,
+    is_storage_failure,
+)
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(hours=2)
-"""How long ranks wait for one another at one meeting point.
+"""How long ranks wait for one another at one meeting point, unless `Ranks.waiting` has said otherwise.
 
 A rank that died is noticed at once, whatever the limit. So it is generous: ranks that have little to write or read
 wait here for one that has much.
 """
 
 _ROLL_CALL_SECONDS = 3.0
+_UNSAFE = UnsafeCheckpointError.__name__
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Ranks:
         self.rank = rank
         self.size = size
         self._meetings = 0
+        self._timeout = TIMEOUT
 
     @classmethod
     def current(cls) -> Ranks:
@@ -76,6 +84,14 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is rank 0, the one that decides and publishes."""
         return self.rank == 0
+
+    def waiting(self, minutes: float) -> Ranks:
+        """The same ranks, waiting for one another for at most so long from now on. Local."""
+        timeout = timedelta(minutes=minutes)
+        if self._group is not None and timeout != self._timeout:
+            dist.distributed_c10d._set_pg_timeout(timeout, self._group)
+        self._timeout = timeout
+        return self
 
     def run(self, phase: str, action: Callable[[], T]) -> T:
         """Run `action` on every rank and return this rank's result.
@@ -145,21 +161,28 @@ class Ranks:
     def _roll_call(self, phase: str) -> str:
         """After a failed exchange: which ranks are still here? Costs nothing while all goes well."""
         where = f"the checkpoint layer's exchange after '{phase}'"
+        missing, was_asked = set(range(self.size)) - {self.rank}, False
         try:
             store = dist.distributed_c10d._get_default_store()
             prefix = f"bridge/roll_call/{self._meetings}"
             store.set(f"{prefix}/{self.rank}", "here")
-            missing = set(range(self.size)) - {self.rank}
             deadline = time.monotonic() + _ROLL_CALL_SECONDS
             while missing and time.monotonic() < deadline:
                 missing = {rank for rank in missing if not store.check([f"{prefix}/{rank}"])}
+                was_asked = True
                 time.sleep(0.05)
         except RuntimeError:
+            # The store ends with rank 0. Where that has called too and gone, what it said before still counts.
+            if was_asked and 0 not in missing:
+                return self._missing(where, missing)
             return f"a rank was lost in {where}; the job's key-value store is gone too, so it has no name"
         if not missing:
             return f"{where} failed although every rank is alive"
+        return self._missing(where, missing)
+
+    def _missing(self, where: str, missing: set[int]) -> str:
         names = ", ".join(str(rank) for rank in sorted(missing))
-        return f"rank {names} did not arrive at {where} (waited at most {TIMEOUT.total_seconds():.0f} s)"
+        return f"rank {names} did not arrive at {where} (waited at most {self._timeout.total_seconds():g} s)"
 
 
 _of_group: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()
@@ -181,7 +204,9 @@ def _combined(phase: str, failures: list[Failure], size: int) -> CheckpointError
 
 
 def _worded(phase: str, failures: list[Failure], size: int) -> CheckpointError:
-    known = ERRORS_BY_NAME.get(failures[0].kind)
+    # That somebody may be attacking the run must not be hidden by a rank that could not read.
+    kinds = [failure.kind for failure in failures]
+    known = ERRORS_BY_NAME.get(_UNSAFE if _UNSAFE in kinds else kinds[0])
     by_text: dict[str, list[int]] = {}
     for failure in failures:
         by_text.setdefault(failure.text(), []).append(failure.rank)

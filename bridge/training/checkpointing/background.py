@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
+import math
 import os
 import pickle
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from multiprocessing import Pipe
 from typing import Any, Generic, NoReturn, TypeVar
 
 from bridge.training.checkpointing.errors import CheckpointSaveError, storage_error
+from bridge.training.checkpointing.liveness import LOOK_SECONDS, Watch
 from bridge.training.signals import leave_signals_to_parent
 
 T = TypeVar("T")
@@ -30,6 +34,11 @@ _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 START_SECONDS = 10.0
 """How long a new process may take to its first instruction in Python before it is given up and forked again."""
 _STARTS = 4
+
+KILL_SECONDS = 10.0
+"""How long the end of a killed process is waited for."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class ForkedCall(Generic[T]):
     have. Such a child has done nothing yet, so it is killed, and the fork is made again.
     """
 
-    def __init__(self, function: Callable[[], T], name: str) -> None:
+    def __init__(self, function: Callable[[], T], name: str, stall_seconds: float = math.inf) -> None:
         self.name = name
         self._outcome: T | None = None
         self._error: CheckpointSaveError | None = None
@@ -68,6 +77,7 @@ class ForkedCall(Generic[T]):
                 _run_child(function, sender, parent)
             sender.close()
             if self._has_started():
+                self._watch = Watch(self.pid, name, stall_seconds)
                 return
         self._done = True
         self._error = CheckpointSaveError(f"the process of {name} did not start in {_STARTS} tries")
@@ -85,9 +95,19 @@ class ForkedCall(Generic[T]):
         return False
 
     def poll(self, timeout: float | None = 0.0) -> bool:
-        """Whether the call has ended; waits up to `timeout` seconds (None: as long as it takes)."""
-        if not self._done and self._receiver.poll(timeout):
-            self._collect()
+        """Whether the call has ended; waits up to `timeout` seconds (None: as long as it takes).
+
+        A process that has done nothing for `stall_seconds` is ended, and the result is an error.
+        """
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while not self._done:
+            left = deadline - time.monotonic()
+            if self._receiver.poll(max(0.0, min(left, LOOK_SECONDS))):
+                self._collect()
+            elif (problem := self._watch.problem()) is not None:
+                self._give_up(f"the process of {self.name} {problem}, so it was ended")
+            elif left <= 0:
+                break
         return self._done
 
     def result(self) -> T:
@@ -104,9 +124,19 @@ class ForkedCall(Generic[T]):
     def kill(self) -> None:
         """End the process at once; the result is then an error."""
         if not self._done:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-            self.poll(None)
+            self._give_up(f"the process of {self.name} was killed by SIGKILL")
+
+    def _give_up(self, reason: str) -> None:
+        """End the process; one that storage holds, so that no signal reaches it, is left behind."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        if self._receiver.poll(KILL_SECONDS):
+            self._collect()
+        else:
+            logger.error("process %d of %s cannot be ended: storage holds it", self.pid, self.name)
+            self._receiver.close()
+            self._done = True
+        self._error = CheckpointSaveError(reason)
 
     def _collect(self) -> None:
         try:
@@ -117,7 +147,10 @@ class ForkedCall(Generic[T]):
         else:
             died = False
         self._receiver.close()
-        _, status = os.waitpid(self.pid, 0)
+        try:
+            _, status = os.waitpid(self.pid, 0)
+        except ChildProcessError:  # somebody who ignores or reaps all children was faster
+            status = 0
         self._done = True
         if died:
             self._error = CheckpointSaveError(f"the process of {self.name} {_how_it_ended(status)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.contents.dataloader import dataloader_sidecar
+from bridge.training.checkpointing.contents.fsdp_dtensor import preprocess_on_all_ranks
 from bridge.training.checkpointing.contents.glu import CONTENT_KEY, model_glu_sizes
 from bridge.training.checkpointing.contents.model import generate_model_state_dict
 from bridge.training.checkpointing.contents.optimizer import (
@@ -20,13 +21,20 @@ from bridge.training.checkpointing.contents.optimizer import (
 )
 from bridge.training.checkpointing.contents.peft import apply_peft_adapter_filter_to_state_dict
 from bridge.training.checkpointing.contents.rerun import get_rerun_state
-from bridge.training.checkpointing.contents.rng import capture_rng_state, gather_rng_states, sharded_rng_state
+from bridge.training.checkpointing.contents.rng import (
+    capture_rng_state,
+    gather_rng_states,
+    has_states_of_replicas,
+    keyed_rng_state,
+    sharded_rng_state,
+)
 from bridge.training.checkpointing.contents.run_config import run_config_sidecar
 from bridge.training.checkpointing.contents.state_dict import RNG, joined, optimizer_part
 from bridge.training.checkpointing.contents.tokenizer import tokenizer_sidecars
 from bridge.training.checkpointing.contents.train_state import train_state_sidecar
 from bridge.training.checkpointing.contents.vocabulary import VOCABULARY, vocabulary_size
 from bridge.training.checkpointing.plans.adapters import adapters_of_run
+from bridge.training.checkpointing.plans.resharding import FSDP_DTENSOR
 from bridge.training.checkpointing.sidecar import Sidecar
 from bridge.training.checkpointing.transaction import Contents
 
@@ -94,29 +102,36 @@ def _sidecars(live: LiveObjects) -> list[Sidecar]:
 def _generate(live: LiveObjects, metadata: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """`generate_state_dict`, with agreement between its parts."""
     cfg = live.state.cfg
+    ckpt_format = cfg.checkpoint.ckpt_format
     building = {"metadata": {**metadata, "dp_cp_group": live.groups.dp_cp}}
 
     def capture() -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:
         if cfg.checkpoint.save_optim:
             allocate_optimizer_state(live.optimizer)
-        random_state = capture_rng_state(cfg.checkpoint.ckpt_format) if cfg.checkpoint.save_rng else None
-        rerun_state = get_rerun_state(cfg.checkpoint.ckpt_format)
-        return generate_model_state_dict(live.model, building), random_state, rerun_state
+        random_state = capture_rng_state(ckpt_format) if cfg.checkpoint.save_rng else None
+        rerun_state = get_rerun_state(ckpt_format)
+        return generate_model_state_dict(live.model, building, ckpt_format), random_state, rerun_state
 
     model, random_state, rerun_state = ranks.run("collecting the model's state", capture)
-    rng = None
+    rng: Any = None
     if random_state is not None:
-        random_init = cfg.rng.data_parallel_random_init
+        random_init = cfg.rng.data_parallel_random_init or has_states_of_replicas(ckpt_format, live.groups)
         states = ranks.run(
             "gathering the random states",
             lambda: gather_rng_states(random_state, random_init, pg_collection=live.groups),
         )
-        rng = sharded_rng_state(states, pg_collection=live.groups, module_name=live.module_name)
+        if ckpt_format == FSDP_DTENSOR:
+            rng = keyed_rng_state(states, pg_collection=live.groups)
+        else:
+            rng = sharded_rng_state(states, pg_collection=live.groups, module_name=live.module_name)
     optimizer = ranks.run(
         "collecting the optimizer's state",
         lambda: optimizer_part(cfg.checkpoint, live.optimizer, live.scheduler, model, building),
     )
-    return joined(model, optimizer, rng, live.state.train_state.step, rerun_state)
+    state_dict = joined(model, optimizer, rng, live.state.train_state.step, rerun_state)
+    if ckpt_format == FSDP_DTENSOR:
+        return preprocess_on_all_ranks(cfg, state_dict, live.model[0], ranks)
+    return state_dict
 
 
 def _complete(

@@ -15,7 +15,7 @@ by `recover` before the next save. Only the one process that has claimed the dir
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from bridge.training.checkpointing.files import (
     delete_trash,
     discard,
     exchange,
+    make_directory,
     move_to_trash,
     replace_file,
     sync_directory,
@@ -45,13 +46,26 @@ from bridge.training.checkpointing.retention.trash import trash_of
 
 logger = logging.getLogger(__name__)
 
-PREPARED = "prepared_directories"
-"""Key of the checkpointing context: save directories that are ready for this process's saves."""
+
+def make_ready(save_dir: Path, setting: str = "checkpoint.save", wait_seconds: float | None = None) -> bool:
+    """Make a directory and claim it for this process; there is nothing to do where that is done.
+
+    The arguments are those of `ownership.claim`.
+
+    Returns:
+        Whether this process did not have it before.
+
+    Raises:
+        DirectoryInUseError: another process saves there.
+        OSError: it cannot be made or written.
+    """
+    make_directory(save_dir)
+    return ownership.claim(save_dir, setting, wait_seconds)
 
 
 def begin_staging(save_dir: Path, iteration: int) -> Path:
     """Make the directory in which the ranks write one save; nothing in it counts until it is published."""
-    save_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(save_dir)
     staging = save_dir / new_saving_name(iteration)
     staging.mkdir()
     return staging
@@ -92,7 +106,11 @@ def publish(staging: Path, iteration: int) -> Path:
         else:
             # Between these two renames a crash leaves no `iter_N`; `recover` finds the sealed staging directory.
             final.rename(replaced)
-            staging.rename(final)
+            try:
+                staging.rename(final)
+            except BaseException:
+                replaced.rename(final)
+                raise
     else:
         staging.rename(final)
     sync_directory(final.parent)
@@ -154,30 +172,41 @@ def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) 
         _delete(path)
 
 
-def recover_once(save_dir: Path, context: dict[str, Any] | None, setting: str = "checkpoint.save") -> None:
-    """Make a save directory ready, unless the checkpointing context says that this process has done so before.
+def recover_once(
+    save_dir: Path,
+    context: dict[str, Any] | None,
+    setting: str = "checkpoint.save",
+    wait_seconds: float | None = None,
+) -> None:
+    """Make a save directory ready, unless this process has it already: what is unfinished there may then be its own.
 
     It is made if need be, claimed for this process, cleaned by `recover`, and written to once: better to learn at
-    the start of a run than hours later that nothing can be saved. `setting` is the one that names it, for messages.
+    the start of a run than hours later that nothing can be saved.
+
+    Args:
+        save_dir: the directory.
+        context: the checkpointing context, whose trash deletes in the background; None deletes before this returns.
+        setting: the one that names the directory, for messages.
+        wait_seconds: for another process to end that has the directory; None is `ownership.WAIT_SECONDS`.
 
     Raises:
         CheckpointSaveError: the directory cannot be made or written.
         DirectoryInUseError: another process saves there.
     """
-    prepared: set[Path] = set() if context is None else context.setdefault(PREPARED, set())
-    if save_dir.resolve() in prepared:
-        return
     try:
-        save_dir.mkdir(parents=True, exist_ok=True)
-        ownership.claim(save_dir, setting)
-        recover(save_dir, None if context is None else trash_of(context).delete)
-        begin_staging(save_dir, 0).rmdir()
+        if not make_ready(save_dir, setting, wait_seconds):
+            return
+        try:
+            recover(save_dir, None if context is None else trash_of(context).delete)
+            begin_staging(save_dir, 0).rmdir()
+        except BaseException:
+            ownership.give_up(save_dir)
+            raise
     except OSError as error:
         raise CheckpointSaveError(
             f"{setting}: cannot save in {save_dir}: {_reason(save_dir, error)}; "
             "name a directory that can be made and written"
         ) from error
-    prepared.add(save_dir.resolve())
 
 
 def _reason(save_dir: Path, error: OSError) -> str:
@@ -204,6 +233,6 @@ def _delete(path: Path) -> None:
         logger.warning("could not delete %s: %s", path, error)
 
 
-def describe_files(directory: Path, names: list[str]) -> list[FileRecord]:
-    """Records of files in a staging directory, for the manifest."""
-    return [FileRecord.of(directory, name) for name in names if name != MANIFEST]
+def describe_files(directory: Path, files: Iterable[FileRecord | str], checksum: str) -> list[FileRecord]:
+    """Records of files in a staging directory, for the manifest; those given by name alone are read."""
+    return [file if isinstance(file, FileRecord) else FileRecord.of(directory, file, checksum) for file in files]

@@ -98,6 +98,11 @@ class SharedDirectory:
                 return Estimate(manifest.total_bytes, f"as much as the checkpoint of iteration {iteration} there")
         return None
 
+    def has(self, needed: Estimate) -> bool:
+        """Whether there is room, as far as the system can say."""
+        available = available_bytes(self.path)
+        return available is None or needed.size <= available
+
     def require(self, needed: Estimate, iteration: int) -> None:
         """Make sure that a checkpoint has room beside all that are there, one of the same iteration included.
 
@@ -106,18 +111,16 @@ class SharedDirectory:
         Raises:
             NotEnoughSpaceError: there is less than `needed`.
         """
-        available = available_bytes(self.path)
-        if available is None or needed.size <= available:
+        if self.has(needed):
             return
-        waiting = self._trash_bytes()
-        if waiting and needed.size <= available + waiting:
+        if not self.trash.is_empty:
             logger.warning(
-                "%s: there is no room for the next checkpoint before %s of deleted ones are gone; waiting for that",
+                "%s: there is no room for the next checkpoint while deleted ones are still there; waiting until they "
+                "are gone",
                 self.path,
-                as_text(waiting),
             )
             self.trash.finish()
-            available = available_bytes(self.path) or 0
+        available = available_bytes(self.path) or 0
         space = Space(available, self._retention_bytes(iteration), self._trash_bytes())
         shortage = space.shortage(needed)
         if shortage is not None:

@@ -34,7 +34,7 @@ class CheckpointMismatchError(CheckpointError):
 
 
 class CheckpointSaveError(CheckpointError):
-    """A save failed on at least one rank. Nothing was published, and older checkpoints are untouched."""
+    """A save failed on at least one rank. Older checkpoints are untouched, and the trackers do not name this one."""
 
 
 class NotEnoughSpaceError(CheckpointSaveError):

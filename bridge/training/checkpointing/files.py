@@ -7,14 +7,12 @@ import errno
 import os
 import shutil
 import sys
-import zlib
 from pathlib import Path
 
 from bridge.training.checkpointing.layout import TEMPORARY_SUFFIX, new_trash_name
 
 _AT_FDCWD = -100  # <fcntl.h>
 _RENAME_EXCHANGE = 2  # <linux/fs.h>
-_BLOCK = 8 << 20
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -34,6 +32,25 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Force the bytes of a file to storage that somebody else has written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it that are missing, so that their names survive a power loss."""
+    if path.is_dir():
+        return
+    if not path.parent.is_dir():
+        make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_directory(path.parent)
+
+
 def sync_directory(path: Path) -> None:
     """Force a directory's entries to storage."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -47,16 +64,6 @@ def sync_tree(path: Path) -> None:
     """Force the entries of a directory and of all directories below it to storage."""
     for directory, _, _ in os.walk(path):
         sync_directory(Path(directory))
-
-
-def crc32_of_file(path: Path) -> str:
-    """CRC-32 (zlib's, as in zip files) of a file's bytes, as 8 hexadecimal digits."""
-    value = 0
-    buffer = memoryview(bytearray(_BLOCK))
-    with path.open("rb", buffering=0) as stream:
-        while size := stream.readinto(buffer):
-            value = zlib.crc32(buffer[:size], value)
-    return f"{value:08x}"
 
 
 def exchange(first: Path, second: Path) -> bool:

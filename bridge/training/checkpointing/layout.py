@@ -4,6 +4,7 @@
   latest_train_state.pt                tracker: a copy of the published train_state.pt
   latest_checkpointed_iteration.txt    tracker for Megatron-LM readers: "10" or "release"
   iter_0000010/                        a published checkpoint
+    .bridge-damaged                    put there by a run that found it damaged
   .saving-iter_0000020-3f9c12ab/       a save in progress, or the remains of a crash
   .trash-iter_0000010-77b0e1d4/        on its way out
   non_persistent/                      global non-persistent checkpoints, in the same form
@@ -26,6 +27,7 @@ TRASH_PREFIX = ".trash-"
 TEMPORARY_SUFFIX = ".bridge-tmp"
 WRITER = ".bridge-writer"
 SAVE_NOW = "SAVE_NOW"
+DAMAGED = ".bridge-damaged"
 
 TRACKER_PREFIX = "latest"
 TRACKER = f"{TRACKER_PREFIX}_train_state.pt"

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.errors import (
-    CheckpointDamagedError,
-    CheckpointMismatchError,
-    CheckpointNotFoundError,
-)
-from bridge.training.checkpointing.layout import list_checkpoints, parse_iteration_name
+from bridge.training.checkpointing.errors import CheckpointMismatchError, CheckpointNotFoundError
+from bridge.training.checkpointing.fallback import Candidates, load_best
+from bridge.training.checkpointing.formats.registry import require_format
+from bridge.training.checkpointing.integrity import Level
+from bridge.training.checkpointing.layout import is_iteration_directory, list_checkpoints, parse_iteration_name
 from bridge.training.checkpointing.parallel import default_pg_collection
 from bridge.training.checkpointing.plans.load_plan import Saved
 from bridge.training.checkpointing.preparing import prepare
@@ -24,6 +23,7 @@ from bridge.training.checkpointing.resolve import Persistent, Source, preference
 from bridge.training.checkpointing.restoring import LiveState, restore
 from bridge.training.checkpointing.safety.safe_globals import allow
 from bridge.training.checkpointing.source import find_source
+from bridge.training.checkpointing.starts import Starts
 from bridge.training.checkpointing.stored import DirectoryCheckpoint, StoredCheckpoint
 from bridge.training.checkpointing.tiers import NonPersistentTier
 
@@ -44,7 +44,8 @@ def load_checkpoint(
     """Load the checkpoint that `checkpoint.load` and `checkpoint.ckpt_step` name into the run.
 
     Where `load` is the directory that the run saves in, its non-persistent checkpoints count too: the newest
-    complete one of all tiers is loaded, and one that turns out to be damaged is passed over for the next.
+    complete one of all tiers is loaded. One that turns out to be damaged is passed over for the next, and marked if it
+    is a persistent one that this run could save again, unless `checkpoint.fallback` or an explicit step forbids it.
     Where `load` holds no checkpoint yet, `checkpoint.pretrained_checkpoint` gives the model, and only that.
     Without it training starts afresh, with a warning, unless `checkpoint.exit_on_missing_checkpoint` is set.
     The `save` directory is made ready first: made, claimed for this run, cleaned of what a crash left unfinished,
@@ -74,24 +75,38 @@ def load_checkpoint(
     cfg = state.cfg.checkpoint
     cfg.check()
     allow(cfg.safe_globals)
-    ranks = Ranks.current()
+    ranks = Ranks.current().waiting(cfg.wait_timeout_minutes)
+    require_format(cfg.ckpt_format, ranks)
     live = LiveState(
         state, model, optimizer, opt_param_scheduler, pg_collection or default_pg_collection(), module_name
     )
     context = {} if checkpointing_context is None else checkpointing_context
-    tier = None if cfg.save is None else prepare(cfg, context, live.groups, len(model), ranks)
-    candidates = _candidates(state.cfg, _continued(cfg, tier), ranks)
-    if candidates:
-        stored, saved = _open_best(candidates, tier, ranks)
-        model_only = "checkpoint.finetune is set" if cfg.finetune else ""
-        return restore(
-            stored, saved, live, ranks, strict=strict, model_only=model_only, metadata_only=skip_load_to_model_and_opt
-        )
+    preparation = None if cfg.save is None else prepare(cfg, context, live.groups, len(model), ranks)
+    tier = None if preparation is None else preparation.tier
+    candidates = _candidates(state.cfg, _continued(cfg, tier, ranks), ranks)
+    if candidates.waiting:
+
+        def describe(source: Source) -> tuple[StoredCheckpoint, Saved]:
+            stored = _open(source, tier, cfg.integrity, ranks)
+            saved = stored.describe(ranks)
+            if preparation is not None and source.kind != "persistent" and cfg.ckpt_step is None:
+                _reject_left_behind(source, saved, preparation.starts)
+            return stored, saved
+
+        def restore_all(stored: StoredCheckpoint, saved: Saved) -> tuple[int, int]:
+            model_only, metadata_only = "checkpoint.finetune is set" if cfg.finetune else "", skip_load_to_model_and_opt
+            return restore(
+                stored, saved, live, ranks, strict=strict, model_only=model_only, metadata_only=metadata_only
+            )
+
+        return load_best(candidates, describe, restore_all, ranks)
     # With PEFT, setup has put the pretrained weights into the model before the adapters were added to it.
     if cfg.pretrained_checkpoint is not None and state.peft is None:
         return load_pretrained(live, ranks, strict=strict, metadata_only=skip_load_to_model_and_opt)
     if cfg.load is None:
+        state.resumed_at = 0
         return 0, 0
+    state.resumed_at = 0
     start = "FROM SCRATCH" if state.peft is None else "WITH FRESH ADAPTERS"
     return _nothing_to_load(Path(cfg.load), start, cfg.exit_on_missing_checkpoint, ranks)
 
@@ -126,8 +141,10 @@ def load_checkpoint_from_path(
     )
     cfg = state.cfg.checkpoint
     allow(cfg.safe_globals)
+    require_format(cfg.ckpt_format, ranks)
     step = None if ignore_ckpt_step else cfg.ckpt_step
-    stored = _require_checkpoint("looking for a checkpoint", Path(load_dir).expanduser(), step, "load_dir", ranks)
+    path = Path(load_dir).expanduser()
+    stored = _require_checkpoint("looking for a checkpoint", path, step, "load_dir", cfg.integrity, ranks)
     model_only = "only the model is taken from this path" if ignore_ckpt_step else ""
     if cfg.finetune:
         model_only = "checkpoint.finetune is set"
@@ -154,10 +171,12 @@ def load_pretrained(
         CheckpointNotFoundError: there is no checkpoint in it.
         CheckpointError: as `load_checkpoint`.
     """
-    allow(live.state.cfg.checkpoint.safe_globals)
+    cfg = live.state.cfg.checkpoint
+    allow(cfg.safe_globals)
+    require_format(cfg.ckpt_format, ranks)
     setting = "checkpoint.pretrained_checkpoint"
-    path = Path(live.state.cfg.checkpoint.pretrained_checkpoint).expanduser()
-    stored = _require_checkpoint("looking for the pretrained checkpoint", path, None, setting, ranks)
+    path = Path(cfg.pretrained_checkpoint).expanduser()
+    stored = _require_checkpoint("looking for the pretrained checkpoint", path, None, setting, cfg.integrity, ranks)
     return restore(
         stored,
         stored.describe(ranks),
@@ -170,7 +189,7 @@ def load_pretrained(
 
 
 def _require_checkpoint(
-    phase: str, path: Path, ckpt_step: int | None, setting: str, ranks: Ranks
+    phase: str, path: Path, ckpt_step: int | None, setting: str, integrity: Level, ranks: Ranks
 ) -> DirectoryCheckpoint:
     def find() -> Source:
         source = find_source(path, ckpt_step, setting=setting)
@@ -178,29 +197,49 @@ def _require_checkpoint(
             raise CheckpointNotFoundError(f"{setting}: there is no checkpoint in {path}")
         return source
 
-    return DirectoryCheckpoint(ranks.first(phase, find))
+    return DirectoryCheckpoint(ranks.first(phase, find), integrity)
 
 
-def _continued(cfg: Any, tier: NonPersistentTier | None) -> NonPersistentTier | None:
+def _continued(cfg: Any, tier: NonPersistentTier | None, ranks: Ranks) -> NonPersistentTier | None:
     """The tier, if its checkpoints belong to what `checkpoint.load` names: they are of the run that saves."""
     if tier is None or cfg.load is None or cfg.finetune:
         return None
-    same = Path(cfg.load).expanduser().resolve() == Path(cfg.save).expanduser().resolve()
-    return tier if same else None
+
+    # Where paths lead may differ between machines, and what the ranks do next must not.
+    def is_continued() -> bool:
+        return Path(cfg.load).expanduser().resolve() == Path(cfg.save).expanduser().resolve()
+
+    return tier if ranks.first("comparing checkpoint.load with checkpoint.save", is_continued) else None
 
 
-def _candidates(cfg: Any, tier: NonPersistentTier | None, ranks: Ranks) -> list[Source]:
+def _reject_left_behind(source: Source, saved: Saved, starts: Starts) -> None:
+    if starts.have_left_behind(saved.iteration, saved.start):
+        raise CheckpointMismatchError(
+            f"{source.path} is of a time that this run has left behind: a later start went on from before iteration "
+            f"{saved.iteration}; set checkpoint.ckpt_step to load it all the same"
+        )
+
+
+def _candidates(cfg: Any, tier: NonPersistentTier | None, ranks: Ranks) -> Candidates:
     """The checkpoints that `checkpoint.load` leads to, the best first; and what there is to warn of."""
+    save = cfg.checkpoint.save
     offers = [] if tier is None else tier.offers(ranks)
 
-    def choose() -> list[Source]:
+    def choose() -> tuple[list[Source], bool]:
         found = _find_persistent(cfg, required=tier is None)
         candidates = preference(found, offers, cfg.checkpoint.ckpt_step if cfg.checkpoint.load else None)
         if cfg.checkpoint.save is not None and not offers:
             _warn_of_other_checkpoints(cfg.checkpoint, None if cfg.checkpoint.finetune else found.source)
-        return candidates
+        return candidates, _is_explicit(cfg.checkpoint)
 
-    return ranks.first("looking for a checkpoint", choose)
+    waiting, is_explicit = ranks.first("looking for a checkpoint", choose)
+    fallback = cfg.checkpoint.fallback and not is_explicit
+    return Candidates(waiting, offers, fallback, None if save is None else Path(save).expanduser())
+
+
+def _is_explicit(cfg: Any) -> bool:
+    """Whether the settings name one checkpoint, in whose place no other will do."""
+    return cfg.ckpt_step is not None or (cfg.load is not None and is_iteration_directory(Path(cfg.load).expanduser()))
 
 
 def _find_persistent(cfg: Any, *, required: bool) -> Persistent:
@@ -217,7 +256,11 @@ def _find_persistent(cfg: Any, *, required: bool) -> Persistent:
     load_dir = Path(cfg.checkpoint.load).expanduser()
     try:
         source = find_source(
-            load_dir, cfg.checkpoint.ckpt_step, [Path(path).expanduser() for path in own_paths if path is not None]
+            load_dir,
+            cfg.checkpoint.ckpt_step,
+            [Path(path).expanduser() for path in own_paths if path is not None],
+            check_trackers=cfg.checkpoint.integrity != "off",
+            fallback=cfg.checkpoint.fallback,
         )
     except CheckpointNotFoundError as error:
         if required:
@@ -227,24 +270,10 @@ def _find_persistent(cfg: Any, *, required: bool) -> Persistent:
     return Persistent(source, iteration or 0)
 
 
-def _open_best(
-    candidates: list[Source], tier: NonPersistentTier | None, ranks: Ranks
-) -> tuple[StoredCheckpoint, Saved]:
-    """The best candidate that is sound and fits; the last one's problem is the run's."""
-    for number, source in enumerate(candidates, 1):
-        try:
-            if tier is None or source.kind == "persistent":
-                stored: StoredCheckpoint = DirectoryCheckpoint(source)
-            else:
-                stored = tier.open(source, ranks)
-            return stored, stored.describe(ranks)
-        except (CheckpointDamagedError, CheckpointMismatchError) as error:
-            if number == len(candidates):
-                raise
-            if ranks.is_first:
-                next_best = candidates[number].path
-                logger.warning("PASSING OVER THE NEWEST CHECKPOINT, going back to %s: %s", next_best, error)
-    raise CheckpointNotFoundError("there is no checkpoint to open")
+def _open(source: Source, tier: NonPersistentTier | None, integrity: Level, ranks: Ranks) -> StoredCheckpoint:
+    if tier is None or source.kind == "persistent":
+        return DirectoryCheckpoint(source, integrity)
+    return tier.open(source, ranks)
 
 
 def _warn_of_other_checkpoints(cfg: Any, source: Source | None) -> None:

@@ -3,7 +3,7 @@
 A run cleans up what crashes have left in its save directory, and a save in progress looks just like that.
 So the run that saves there holds a lock, from its start to its end. It is a POSIX record lock: the kernel
 releases it when the process dies, by SIGKILL too; forked writers do not inherit it; and it works over NFS.
-Loading needs no lock: what is published is whole and nobody changes it.
+Loading takes no lock: what is published is whole and nobody changes it, though retention may delete it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ class _Claim(NamedTuple):
 
 
 _claims: dict[Path, _Claim] = {}
-"""By resolved save directory. Descriptors stay open: a process that closes any of a file's loses its lock on it."""
+"""By resolved save directory, for the whole process, because the kernel's locks are the process's: one that closes any
+descriptor of a file loses its lock on it."""
 
 
-def claim(save_dir: Path, setting: str = "checkpoint.save", wait_seconds: float | None = None) -> None:
+def claim(save_dir: Path, setting: str = "checkpoint.save", wait_seconds: float | None = None) -> bool:
     """Make this process the only one that saves in `save_dir`, until it ends. Claiming again does nothing.
 
     If another process has the directory, wait up to `wait_seconds` for it to end. On a file system without
@@ -53,13 +54,16 @@ def claim(save_dir: Path, setting: str = "checkpoint.save", wait_seconds: float 
         setting: the one that names it, for messages.
         wait_seconds: None is `WAIT_SECONDS`.
 
+    Returns:
+        Whether this process did not have it before: what is unfinished there is then of a run that is over.
+
     Raises:
         DirectoryInUseError: another process still has it.
         OSError: the lock file cannot be made or written.
     """
     directory = save_dir.resolve()
     if _is_held(directory):
-        return
+        return False
     seconds = WAIT_SECONDS if wait_seconds is None else wait_seconds
     deadline = time.monotonic() + seconds
     announced = False
@@ -75,6 +79,14 @@ def claim(save_dir: Path, setting: str = "checkpoint.save", wait_seconds: float 
             )
             announced = True
         time.sleep(min(_POLL_SECONDS, seconds))
+    return True
+
+
+def give_up(save_dir: Path) -> None:
+    """Let another process have the directory, or this one claim it again."""
+    held = _claims.pop(save_dir.resolve(), None)
+    if held is not None:
+        os.close(held.descriptor)
 
 
 def _is_held(directory: Path) -> bool:

@@ -3,31 +3,57 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.errors import CheckpointError
+from bridge.training.checkpointing.errors import CheckpointError, RankLostError
+from bridge.training.checkpointing.failures.policy import FailurePolicy
+from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.parallel import Layout
+from bridge.training.checkpointing.retention.trash import trash_of
+from bridge.training.checkpointing.starts import Starts, read_starts, write_starts
 from bridge.training.checkpointing.tiers import NonPersistentTier
 from bridge.training.checkpointing.tiers.availability import RankLocalStore
-from bridge.training.checkpointing.tiers.global_directory import SETTING, GlobalTier, directory_of
+from bridge.training.checkpointing.tiers.global_directory import SETTING, GlobalTier
 from bridge.training.checkpointing.tiers.rank_local import RankLocalTier
-from bridge.training.checkpointing.tiers.session import session_of, take_over
+from bridge.training.checkpointing.tiers.session import SESSION, session_of
 
 logger = logging.getLogger(__name__)
 
-TIER = "non_persistent_tier"
-"""Key of the checkpointing context: the tier of this process's non-persistent checkpoints."""
+PREPARATION = "preparation"
+"""Key of the checkpointing context: what has been made ready for this process's saves and loads."""
 
 LOCAL_MANAGER = "local_checkpoint_manager"
 """Key of the checkpointing context: the manager of local or in-memory checkpoints, of nvidia-resiliency-ext's kind."""
 
 
-def prepare(
-    checkpoint_config: Any, context: dict[str, Any], groups: Any, chunks: int, ranks: Ranks
-) -> NonPersistentTier | None:
+@dataclass
+class Preparation:
+    """What is ready for a run's saves and loads, from the first of them to the end of the process."""
+
+    place: tuple[Any, ...]
+    """The settings that it was made for."""
+    session: str
+    """Of the save directory; empty if it never had non-persistent checkpoints."""
+    starts: Starts
+    """Earlier starts of the run."""
+    tier: NonPersistentTier | None = None
+    """Of non-persistent checkpoints."""
+    has_saved: bool = False
+    """Whether the save directory knows that this start has saved something."""
+    newest: dict[bool, int] = field(default_factory=dict)
+    """Iteration of the newest checkpoint that this start has published, persistent (True) or in another tier."""
+
+    @property
+    def start(self) -> int:
+        """Number of this start."""
+        return self.starts.next
+
+
+def prepare(checkpoint_config: Any, context: dict[str, Any], groups: Any, chunks: int, ranks: Ranks) -> Preparation:
     """Make the save directory and the configured non-persistent tier ready, once for a context. Collective.
 
     Args:
@@ -37,42 +63,83 @@ def prepare(
         chunks: model chunks of this rank.
         ranks: all ranks.
 
-    Returns:
-        The tier of non-persistent checkpoints; None if none is configured.
-
     Raises:
         CheckpointSaveError: a directory cannot be made or written.
         DirectoryInUseError: another run saves there.
     """
-    kind = checkpoint_config.non_persistent_ckpt_type
-    session = prepare_directories(checkpoint_config, context, ranks)
-    if kind is None:
-        return None
-    if TIER not in context:
-        if kind == "global":
-            context[TIER] = GlobalTier(directory_of(checkpoint_config))
-        else:
-            store = prepare_store(checkpoint_config, context, session, ranks)
-            context[TIER] = RankLocalTier(store, kind, Layout.of(groups, chunks), groups.dp_cp)
-    tier: NonPersistentTier = context[TIER]
-    return tier
+    cfg = checkpoint_config
+    kind = cfg.non_persistent_ckpt_type
+    place = (cfg.save, kind, cfg.non_persistent_global_ckpt_dir, cfg.non_persistent_local_ckpt_dir)
+    known: Preparation | None = context.get(PREPARATION)
+    if known is not None and known.place == place:
+        return known
+    session, starts = prepare_directories(cfg, context, ranks)
+    tier: NonPersistentTier | None = None
+    if kind == "global":
+        tier = GlobalTier.of(cfg, session, trash_of(context))
+    elif kind is not None:
+        store = prepare_store(cfg, context, session, ranks)
+        tier = RankLocalTier(store, kind, Layout.of(groups, chunks), groups.dp_cp)
+    context[PREPARATION] = Preparation(place, session, starts, tier)
+    return context[PREPARATION]  # type: ignore[no-any-return]
 
 
-def prepare_directories(checkpoint_config: Any, context: dict[str, Any], ranks: Ranks) -> str:
-    """Make ready the directories that rank 0 looks after; return the run's session. Collective; raises as `prepare`."""
+def prepare_directories(checkpoint_config: Any, context: dict[str, Any], ranks: Ranks) -> tuple[str, Starts]:
+    """Make ready the directories that rank 0 looks after. Collective; raises as `prepare`.
+
+    Returns:
+        The run's session, and its earlier starts.
+    """
     save_dir = Path(checkpoint_config.save).expanduser()
     kind = checkpoint_config.non_persistent_ckpt_type
 
-    def make_ready() -> str:
+    def make_ready() -> tuple[str, Starts]:
         commit.recover_once(save_dir, context)
-        session = session_of(save_dir) if kind is not None else ""
+        session = session_of(save_dir) if kind is not None or (save_dir / SESSION).is_file() else ""
         if kind == "global":
-            directory = directory_of(checkpoint_config)
-            commit.recover_once(directory, context, SETTING)
-            take_over(directory, session, SETTING)
-        return session
+            tier = GlobalTier.of(checkpoint_config, session, trash_of(context))
+            tier.take_over()
+            commit.recover_once(tier.directory, context, SETTING)
+        return session, read_starts(save_dir)
 
     return ranks.first("preparing checkpoint.save", make_ready)
+
+
+def begin_to_save(
+    preparation: Preparation, checkpoint_config: Any, resumed: int, *, persistent: bool, ranks: Ranks
+) -> None:
+    """Before the first save of a start: remember the start, and delete what the run has left behind. Collective.
+
+    Args:
+        preparation: of this start.
+        checkpoint_config: checkpoint configuration, with `save`.
+        resumed: the iteration that the run has gone on from.
+        persistent: whether the save is a persistent one, which trouble with other tiers does not stop.
+        ranks: all ranks.
+
+    Raises:
+        CheckpointError: the save directory cannot be written; or the save is not persistent, and its tier is in
+            trouble. Every rank raises, and the next save tries again.
+    """
+    if preparation.has_saved or not preparation.session:
+        return
+    save_dir, policy = Path(checkpoint_config.save).expanduser(), FailurePolicy.of(checkpoint_config)
+    starts, phase = preparation.starts.followed_by(preparation.start, resumed), "remembering the start"
+    ranks.first(phase, lambda: with_retries(phase, lambda: write_starts(save_dir, starts), policy, rank=0))
+    try:
+        if preparation.tier is not None:
+            preparation.tier.forget_newer(resumed, ranks)
+    except RankLostError:
+        raise
+    except CheckpointError as error:
+        if not persistent:
+            raise
+        if ranks.is_first:
+            logger.warning(
+                "non-persistent checkpoints that the run has left behind stay until its next save: %s", error
+            )
+        return
+    preparation.has_saved = True
 
 
 def prepare_store(checkpoint_config: Any, context: dict[str, Any], session: str, ranks: Ranks) -> RankLocalStore:
@@ -97,12 +164,23 @@ def _make_store(checkpoint_config: Any, session: str) -> RankLocalStore:
 
 
 def release(context: dict[str, Any], ranks: Ranks) -> None:
-    """Free what the context's tier holds only while the run lasts. Collective; trouble is only logged."""
-    context.pop(TIER, None)
+    """Free what the context's tier holds only while the run lasts. Collective; trouble is only logged.
+
+    In-memory checkpoints that are newer than every persistent one are left to their keepers, for a restart.
+    """
+    preparation: Preparation | None = context.pop(PREPARATION, None)
     store = context.pop(LOCAL_MANAGER, None)
-    if store is None:
+    newest = {} if preparation is None else preparation.newest
+    is_needed = newest.get(False, -1) > newest.get(True, -1)
+    if is_needed and ranks.is_first and hasattr(store, "close"):
+        logger.warning(
+            "leaving the in-memory checkpoint of iteration %d to its keepers: no persistent one is as new",
+            newest[False],
+        )
+    method = getattr(store, "close" if is_needed else "release", None)
+    if method is None:
         return
     try:
-        ranks.run("releasing the memory of checkpoints", getattr(store, "release", lambda: None))
+        ranks.run("releasing the memory of checkpoints", method)
     except CheckpointError as error:
         logger.warning("the memory of in-memory checkpoints is freed later: %s", error)

@@ -8,6 +8,7 @@ goes on after it is decided by the failure policy.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class SaveQueue:
         receive: Callable[[Any], None] | None = None,
         abandon: Callable[[], None] | None = None,
         persistent: bool = True,
+        stall_seconds: float = math.inf,
     ) -> None:
         """Start a request's function in a forked process and remember what finalizes it.
 
@@ -68,11 +70,14 @@ class SaveQueue:
                 finalize functions.
             abandon: called on this rank when the save failed on any rank.
             persistent: whether it is a persistent checkpoint, for the failure policy.
+            stall_seconds: after so long without progress the process is ended, and the save has failed.
 
         Raises:
             CheckpointError: a rank could not start its process.
         """
-        call = Ranks.current().run(f"starting the background writer of {label}", lambda: _start(request, label))
+        call = Ranks.current().run(
+            f"starting the background writer of {label}", lambda: _start(request, label, stall_seconds)
+        )
         self._pending.append(_Pending(label, persistent, call, request, receive, abandon))
 
     def finalize(self, blocking: bool = False, settle: Settle = _raise) -> int:
@@ -124,14 +129,14 @@ class SaveQueue:
                 pending.call.kill()
 
 
-def _start(request: AsyncRequest, label: str) -> ForkedCall[Any] | None:
+def _start(request: AsyncRequest, label: str, stall_seconds: float) -> ForkedCall[Any] | None:
     if request.async_fn is None:
         return None
     arguments = list(request.async_fn_args)
     if request.preload_fn is not None:
         arguments[1] = request.preload_fn()
     function, keywords = request.async_fn, request.async_fn_kwargs
-    return ForkedCall(lambda: function(*arguments, **keywords), f"the background writer of {label}")
+    return ForkedCall(lambda: function(*arguments, **keywords), f"the background writer of {label}", stall_seconds)
 
 
 def schedule_async_save(global_state: Any, async_request: AsyncRequest) -> None:

@@ -38,11 +38,12 @@ from bridge.training.checkpointing.layout import list_checkpoints
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.safety.safe_globals import allow
 from bridge.training.checkpointing.sidecar import Sidecar
-from bridge.training.checkpointing.source import read_tracker
+from bridge.training.checkpointing.starts import Starts, read_starts
 from bridge.training.checkpointing.tiers import snapshot
 from bridge.training.checkpointing.tiers.memory.keeper_readers import OpenSnapshot, release_session, stored_snapshots
 from bridge.training.checkpointing.tiers.record import CONTENT_METADATA, KEY, SnapshotRecord
 from bridge.training.checkpointing.tiers.session import SESSION, session_of
+from bridge.training.checkpointing.trackers import read_tracker
 from bridge.training.checkpointing.transaction import Committed, Save, SaveTarget
 
 logger = logging.getLogger(__name__)
@@ -98,14 +99,25 @@ def rescue(save_dir: Path, *, force: bool = False, safe_globals: Sequence[str] =
     allow(list(safe_globals))
     session = _session_in(save_dir)
     _take(save_dir)
-    tracked = read_tracker(list_checkpoints(save_dir))
-    named = None if tracked is None or tracked.release else tracked.iteration
+    named = _tracked(save_dir, force)
     with _process_group_of_one() as ranks, stored_snapshots(session) as found:
-        states = newest_complete(_described(found), str(save_dir))
+        states = newest_complete(_described(found, read_starts(save_dir)), str(save_dir))
         iteration = states[0][0].iteration
         if named is not None and iteration <= named and not force:
             return Rescued(iteration, named, None)
         return Rescued(iteration, named, _publish(states, save_dir, ranks, started))
+
+
+def _tracked(save_dir: Path, force: bool) -> int | None:
+    """The iteration that the tracker names; None without one. With `force` an unreadable one is none either."""
+    try:
+        tracked = read_tracker(list_checkpoints(save_dir))
+    except CheckpointError as error:
+        if not force:
+            raise
+        logger.warning("going on without the tracker: %s", error)
+        return None
+    return None if tracked is None or tracked.release else tracked.iteration
 
 
 def end_keepers(save_dir: Path) -> list[int]:
@@ -163,29 +175,29 @@ def _take(save_dir: Path) -> None:
     """Claim the directory and clean up what a crash has left there, as a restart of the run would."""
     try:
         # A run that is alive goes on saving: there is nothing to wait for.
-        ownership.claim(save_dir, SETTING, wait_seconds=0.0)
+        commit.recover_once(save_dir, None, SETTING, wait_seconds=0.0)
     except DirectoryInUseError as error:
         raise DirectoryInUseError(
             f"{SETTING}: the run that saves in {save_dir} is alive ({ownership.owner_of(save_dir)}); nothing was "
             "rescued. End it first, or let it go on: a run that is restarted goes on from memory by itself"
         ) from error
-    except OSError as error:
-        raise CheckpointSaveError(f"{SETTING}: cannot save in {save_dir}: {error}") from error
-    commit.recover_once(save_dir, None, SETTING)
 
 
 _Described = tuple[SnapshotRecord, Any]
 """A snapshot's record and its state dict."""
 
 
-def _described(found: Iterable[OpenSnapshot]) -> list[tuple[Held, _Described]]:
-    """Every snapshot that can be read, with its description. The tensors stay where they are in memory."""
+def _described(found: Iterable[OpenSnapshot], starts: Starts) -> list[tuple[Held, _Described]]:
+    """Every snapshot that can be read and that the run has not left behind. Tensors stay where they are in memory."""
     described = []
     for opened in found:
         try:
             record, state = _read(opened)
         except CheckpointError as error:
             logger.warning("passing over a snapshot: %s", error)
+            continue
+        if starts.have_left_behind(record.iteration, record.start):
+            logger.warning("passing over %s: the run has gone back since", opened.place)
             continue
         held = Held(record.iteration, record.rank, record.world_size, record.save_id)
         described.append((held, (record, state)))
@@ -241,6 +253,7 @@ def _publish(states: Sequence[_Described], save_dir: Path, ranks: Ranks, started
             published.append,
             started,
             world_size=record.world_size,
+            start=record.start,
         )
         save.accept(ranks.run("writing what was rescued", save.write))
         save.publish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,45 @@ def preference(persistent: Persistent, offers: Iterable[Offer], ckpt_step: int |
         return named[:1]
     newer = [offer for offer in offers if persistent.source is None or offer.iteration > persistent.iteration]
     return [Source(o.path, False, f"it is the newest complete {NAMES[o.kind]}", o.kind) for o in newer] + own
+
+
+@dataclass(frozen=True)
+class Older:
+    """A persistent checkpoint that may stand in for a newer one."""
+
+    iteration: int
+    path: Path
+    created: float | None = None
+    """When it was committed, Unix time in seconds; None if it does not say."""
+
+
+def stand_ins(older: Iterable[Older], offers: Iterable[Offer], below: int) -> list[Source]:
+    """The checkpoints that may stand in for a persistent one that is damaged or gone, the best first.
+
+    That is the newest of all tiers, and among equal iterations the order of `preference`. Persistent ones that a
+    rollback has left behind come last: an older iteration was saved after them, so the run did not go on from there.
+
+    Args:
+        older: the persistent ones of lower iterations.
+        offers: the complete checkpoints of the other tiers, up to that iteration.
+        below: the iteration that they stand in for.
+    """
+    line: list[Older] = []
+    left_behind: list[Older] = []
+    latest = -math.inf
+    for entry in sorted(older, key=lambda entry: entry.iteration):
+        saved = latest if entry.created is None else entry.created
+        (line if saved >= latest else left_behind).append(entry)
+        latest = max(saved, latest)
+    ranked = [(-e.iteration, 0, Source(e.path, False, _stands_in(below))) for e in line]
+    ranked += [(-o.iteration, _SPEED.index(o.kind), Source(o.path, False, _stands_in(below), o.kind)) for o in offers]
+    reason = f"no other before iteration {below} is good; a rollback had left it behind"
+    last = [Source(entry.path, False, reason) for entry in reversed(left_behind)]
+    return [source for _, _, source in sorted(ranked, key=lambda each: each[:2])] + last
+
+
+def _stands_in(below: int) -> str:
+    return f"it is the newest that can stand in for iteration {below}"
 
 
 _SPEED: tuple[CheckpointKind, ...] = ("persistent", "in_memory", "local", "non_persistent_global")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.contents import fsdp_dtensor
 from bridge.training.checkpointing.contents.dataloader import DataloaderState
 from bridge.training.checkpointing.contents.glu import model_glu_sizes, require_same_optimizer_order
 from bridge.training.checkpointing.contents.main_params import load_main_params, with_full_precision
@@ -26,6 +27,7 @@ from bridge.training.checkpointing.contents.rng import reseed, rng_place, rng_te
 from bridge.training.checkpointing.contents.state_dict import RNG, generate_state_dict
 from bridge.training.checkpointing.contents.version import set_checkpoint_version
 from bridge.training.checkpointing.contents.vocabulary import vocabulary_size
+from bridge.training.checkpointing.formats.read_choice import sharing_group
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.plans.adapters import adapters_of_run, other_base, require_adapters
 from bridge.training.checkpointing.plans.load_plan import LoadPlan, Saved, Wanted, plan_load
@@ -86,6 +88,7 @@ def restore(
     else:
         _read_and_apply(stored, saved, wanted, plan, live, ranks, strict)
     live.state.loaded_from, live.state.loaded_kind = str(source.path), source.kind
+    live.state.resumed_at = live.state.train_state.step
     if ranks.is_first:
         seconds = time.monotonic() - begun
         logger.info("loaded iteration %d from %s in %.2f s", saved.iteration, source.path, seconds)
@@ -102,6 +105,7 @@ def _wanted(live: LiveState, model_only: str) -> Wanted:
         load_dataloader_state=cfg.checkpoint.load_dataloader_state,
         has_optimizer=live.optimizer is not None,
         uses_distributed_optimizer=cfg.ddp.use_distributed_optimizer,
+        megatron_fsdp=fsdp_dtensor.is_megatron_fsdp(live.model[0]),
         data_parallel_random_init=cfg.rng.data_parallel_random_init,
         vocabulary_size=vocabulary_size(cfg, live.state.tokenizer),
         model_only=model_only,
@@ -136,8 +140,11 @@ def _read_and_apply(
     cfg = live.state.cfg.checkpoint
     request = request_rng(saved.rng, wanted.rng, rng_place(live.groups)) if plan.rng.restore else None
     template = ranks.run("preparing the state to load", lambda: _template(saved, plan, live))
+    sharded = fsdp_dtensor.is_megatron_fsdp(live.model[0])
+    if sharded:
+        template = fsdp_dtensor.template_on_all_ranks(live.state.cfg, template, live.model[0], ranks)
     if request is not None:
-        template[RNG] = rng_template(request, live.module_name)
+        template[RNG] = fsdp_dtensor.rng_request(request) if sharded else rng_template(request, live.module_name)
     restores_rerun = plan.rerun is not None and plan.rerun.restore
     if restores_rerun:
         template[RERUN] = rerun_template()
@@ -145,10 +152,11 @@ def _read_and_apply(
     loaded = stored.load(
         template,
         ranks,
-        strictness=cfg.dist_ckpt_strictness,
-        parallelization_group=live.groups.dp_cp if cfg.fully_parallel_load else None,
+        strictness=_strictness(cfg) if sharded else cfg.dist_ckpt_strictness,
+        parallelization_group=sharing_group(cfg.fully_parallel_load, live.groups.dp_cp),
         # Ranks that take over one another's random states do not cover the saved object one to one.
         validate_access=not plan.reseed_rng,
+        io_backend=cfg.io_backend,
     )
 
     ranks.run(
@@ -159,6 +167,8 @@ def _read_and_apply(
         live.state.dataloader_state = iterator_state
     if live.optimizer is not None and plan.optimizer.restore:
         ranks.run("sharing the main parameters", lambda: share_main_params(live.optimizer))
+    if sharded:
+        ranks.run("gathering the parameters", lambda: fsdp_dtensor.gather_weights(live.model))
 
     def apply_rest() -> None:
         _apply_train_state(stored, saved, plan, live)
@@ -169,7 +179,8 @@ def _read_and_apply(
             seed, random_init = live.state.cfg.rng.seed, wanted.data_parallel_random_init
             reseed(seed, saved.iteration, random_init, pg_collection=live.groups)
         if request is not None:
-            set_rng_state(loaded.state_dict[RNG], request)
+            states = loaded.state_dict[RNG]
+            set_rng_state(fsdp_dtensor.rng_states(states, request) if sharded else states, request)
 
     ranks.run("applying the checkpoint's counters and random states", apply_rest)
     if ranks.is_first:
@@ -204,9 +215,17 @@ def _iterator_state(stored: StoredCheckpoint, plan: LoadPlan, live: LiveState) -
     return stored.data_iterator_state(data_parallel.rank(), data_parallel.size())
 
 
+def _strictness(cfg: Any) -> str:
+    """`strict_fsdp_dtensor_load` in the terms of `dist_ckpt_strictness`."""
+    return "raise_unexpected" if cfg.strict_fsdp_dtensor_load else "log_unexpected"
+
+
 def _apply(loaded: dict[str, Any], plan: LoadPlan, live: LiveState, *, strict: bool) -> None:
     if "checkpoint_version" in loaded:
         set_checkpoint_version(loaded["checkpoint_version"])
+    if fsdp_dtensor.is_megatron_fsdp(live.model[0]):
+        _apply_sharded(loaded, plan, live)
+        return
     if live.state.peft is None:
         load_model_state_dict(live.model, loaded, strict)
     else:
@@ -219,6 +238,15 @@ def _apply(loaded: dict[str, Any], plan: LoadPlan, live: LiveState, *, strict: b
         else:
             # Main parameters were copied from the model's before the load; copy them again.
             live.optimizer.reload_model_params()
+    if live.scheduler is not None and plan.scheduler.restore:
+        load_scheduler(live.scheduler, loaded)
+
+
+def _apply_sharded(loaded: dict[str, Any], plan: LoadPlan, live: LiveState) -> None:
+    """Under Megatron FSDP the tensors have been read into place; what is left follows from them, or is small."""
+    fsdp_dtensor.install_weights(live.model)
+    if live.optimizer is not None and plan.optimizer.restore:
+        fsdp_dtensor.load_groups(live.optimizer, loaded[fsdp_dtensor.OPTIMIZER][fsdp_dtensor.GROUPS])
     if live.scheduler is not None and plan.scheduler.restore:
         load_scheduler(live.scheduler, loaded)
 

@@ -25,21 +25,15 @@ def room_for(target: SaveTarget, state: Any, context: dict[str, Any]) -> SharedD
     return SharedDirectory(target.save_dir, "checkpoint.save", policies_of(cfg), trash_of(context), in_use)
 
 
-def require_recent_size(room: SharedDirectory | None, iteration: int) -> bool:
-    """Require room for a checkpoint as large as the newest one there. Rank 0 only.
+def has_room_for_recent_size(room: SharedDirectory | None) -> bool:
+    """Whether there is room for a checkpoint as large as the newest one there, or none is required. Rank 0 only.
 
-    Returns:
-        Whether there is nothing left to check: False if no checkpoint there tells its size.
-
-    Raises:
-        NotEnoughSpaceError: there is too little.
+    If not, the state itself is to be measured: it may have become smaller.
     """
     if room is None:
         return True
     size = room.recent_size()
-    if size is not None:
-        room.require(size, iteration)
-    return size is not None
+    return size is not None and room.has(size)
 
 
 def require_state_size(room: SharedDirectory | None, state_dict: dict[str, Any], iteration: int, ranks: Ranks) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,19 @@ from bridge.training.checkpointing.collecting import LiveObjects, collect
 from bridge.training.checkpointing.contents.extra_state import is_model_section
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
-from bridge.training.checkpointing.formats import torch_dist
+from bridge.training.checkpointing.formats.registry import format_named
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.room import (
-    require_recent_size,
+    has_room_for_recent_size,
     require_snapshot_size,
     require_state_size,
     room_for,
 )
 from bridge.training.checkpointing.tiers import NonPersistentTier
+from bridge.training.checkpointing.tiers.global_directory import SETTING as GLOBAL_SETTING
+from bridge.training.checkpointing.tiers.global_directory import GlobalTier
 from bridge.training.checkpointing.tiers.rank_local import RankLocalTier, plan_rank_local_save
-from bridge.training.checkpointing.transaction import Committed, Save, SaveTarget, SaveTask
+from bridge.training.checkpointing.transaction import Committed, Save, SaveTarget, SaveTask, numbers_among
 
 SAVE_STRATEGY = "save_strategy"
 """Key of the checkpointing context: what the format keeps between saves."""
@@ -45,6 +47,8 @@ class SaveJob:
     """Called on every rank when the checkpoint is published."""
     started: float
     """When the save began, by the monotonic clock."""
+    start: int = 0
+    """Number of the run's start."""
     prebuilt_state_dict: dict[str, Any] | None = None
     preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
@@ -68,10 +72,17 @@ def plan_save(job: SaveJob, ranks: Ranks) -> SaveTask:
 def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
     target, cfg, groups, policy = job.target, job.cfg, job.live.groups, FailurePolicy.of(job.cfg)
     room = room_for(target, job.live.state, job.context)
+    form = ranks.run("finding the format", lambda: format_named(cfg.ckpt_format))
+    target = replace(target, checkpoint_format=form.name)
 
     def begin() -> tuple[Path, bool]:
-        is_checked = require_recent_size(room, target.iteration)
-        return commit.begin_staging(target.save_dir, target.iteration), is_checked
+        # The directory may have been deleted since the start of the run, and its lock with it.
+        if isinstance(job.tier, GlobalTier) and target.kind == job.tier.kind:
+            job.tier.take_over()
+            commit.make_ready(target.save_dir, GLOBAL_SETTING)
+        else:
+            commit.make_ready(target.save_dir)
+        return commit.begin_staging(target.save_dir, target.iteration), has_room_for_recent_size(room)
 
     phase = "making the staging directory"
     staging, room_is_checked = ranks.first(phase, lambda: with_retries(phase, begin, policy, rank=0))
@@ -80,7 +91,7 @@ def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
         if not room_is_checked:
             require_state_size(room, contents.state_dict, target.iteration, ranks)
         layout = _layout(groups, contents.state_dict)
-        payload, job.context[SAVE_STRATEGY] = torch_dist.plan_save(
+        payload, job.context[SAVE_STRATEGY] = form.plan_save(
             contents.state_dict,
             staging,
             contents.content_metadata,
@@ -91,9 +102,19 @@ def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
             preprocess_common=job.preprocess_common,
             assume_constant_structure=cfg.ckpt_assume_constant_structure,
         )
-        metrics = dict(job.live.state.metrics)
+        metrics = numbers_among(job.live.state.metrics)
         return Save(
-            target, staging, payload, contents.sidecars, layout, job.announce, job.started, metrics, policy=policy
+            target,
+            staging,
+            payload,
+            contents.sidecars,
+            layout,
+            job.announce,
+            job.started,
+            metrics,
+            policy=policy,
+            start=job.start,
+            checksum=cfg.checksum,
         )
     except BaseException:
         if ranks.is_first:
@@ -113,6 +134,7 @@ def _plan_snapshots(job: SaveJob, tier: RankLocalTier, ranks: Ranks) -> SaveTask
         layout=_layout(job.live.groups, contents.state_dict),
         announce=job.announce,
         started=job.started,
+        start=job.start,
         structure=job.context.get(SNAPSHOT_STRUCTURE),
     )
     job.context[SNAPSHOT_STRUCTURE] = save.structure

@@ -23,7 +23,7 @@ from bridge.training.checkpointing.failures.attempting import attempt
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.parallel import default_pg_collection
-from bridge.training.checkpointing.preparing import prepare
+from bridge.training.checkpointing.preparing import begin_to_save, prepare
 from bridge.training.checkpointing.queue import finish_saves, is_empty_async_queue, queue_of
 from bridge.training.checkpointing.resolve import NAMES
 from bridge.training.checkpointing.retention.policies import MostRecent, policies_of
@@ -81,7 +81,7 @@ def save_checkpoint(
 
     Raises:
         ConfigError: the checkpoint settings contradict one another.
-        CheckpointError: some rank failed. Every rank raises; nothing is published, older checkpoints are untouched.
+        CheckpointError: some rank failed. Every rank raises; the trackers and older checkpoints are untouched.
             With `checkpoint.on_save_failure: warn` most failures are logged and not raised. The failure of an
             earlier asynchronous save is raised when this one is published.
     """
@@ -92,9 +92,10 @@ def save_checkpoint(
         raise CheckpointSaveError("checkpoint.save is not set; name the directory to save checkpoints in")
     started = time.monotonic()
     context = {} if checkpointing_context is None else checkpointing_context
-    ranks = Ranks.current()
+    ranks = Ranks.current().waiting(cfg.wait_timeout_minutes)
     groups = pg_collection or default_pg_collection()
-    tier = prepare(cfg, context, groups, len(model), ranks)
+    preparation = prepare(cfg, context, groups, len(model), ranks)
+    tier = preparation.tier
     target = _target(cfg, tier, state.train_state.step, non_persistent_ckpt)
     earlier = _finish_earlier_saves(state) if target.kind != "in_memory" else None
     live = LiveObjects(
@@ -109,14 +110,26 @@ def save_checkpoint(
     )
 
     def announce(committed: Committed) -> None:
+        preparation.newest[committed.kind == "persistent"] = committed.iteration
         _announce(committed, state, model, optimizer, opt_param_scheduler, callback_manager)
         ranks.first("removing older checkpoints", lambda: _retain(committed, state, context))
 
-    job = SaveJob(target, tier, live, context, announce, started, prebuilt_state_dict, preprocess_common_state_dict_fn)
+    job = SaveJob(
+        target,
+        tier,
+        live,
+        context,
+        announce,
+        started,
+        preparation.start,
+        prebuilt_state_dict,
+        preprocess_common_state_dict_fn,
+    )
+    # A caller that keeps no context goes on from its last save each time, as far as anybody can tell.
+    resumed = target.iteration if checkpointing_context is None or state.resumed_at is None else state.resumed_at
 
     def save() -> None:
-        if tier is not None:
-            tier.forget_newer(target.iteration, ranks)
+        begin_to_save(preparation, cfg, resumed, persistent=not non_persistent_ckpt, ranks=ranks)
         task = plan_save(job, ranks)
         try:
             _carry_out(task, state, ranks)
@@ -159,6 +172,7 @@ def _carry_out(save: SaveTask, state: Any, ranks: Ranks) -> None:
         receive=save.accept,
         abandon=save.abandon,
         persistent=save.target.kind == "persistent",
+        stall_seconds=state.cfg.checkpoint.writer_stall_seconds,
     )
     if ranks.is_first:
         stall = time.monotonic() - save.started

@@ -20,24 +20,18 @@ from bridge.training.checkpointing.contents.legacy import (
 from bridge.training.checkpointing.contents.rerun import RERUN
 from bridge.training.checkpointing.contents.run_config import read_run_config, value_at
 from bridge.training.checkpointing.contents.train_state import read_train_state
-from bridge.training.checkpointing.detection import get_checkpoint_format, read_metadata
+from bridge.training.checkpointing.detection import format_of, found_in
 from bridge.training.checkpointing.errors import (
     CheckpointDamagedError,
     CheckpointError,
-    CheckpointMismatchError,
     NotACheckpointError,
 )
-from bridge.training.checkpointing.formats import torch_dist
-from bridge.training.checkpointing.integrity import Manifest, find_damage, read_manifest
+from bridge.training.checkpointing.integrity import Level, Manifest, find_damage, read_manifest
 from bridge.training.checkpointing.layout import (
     COMMON,
-    LEGACY_TRACKER,
     MANIFEST,
-    MCORE_METADATA,
-    PAYLOAD_METADATA,
     RELEASE,
     RUN_CONFIG,
-    TRACKER,
     TRAIN_STATE,
     Listing,
     is_iteration_directory,
@@ -45,12 +39,22 @@ from bridge.training.checkpointing.layout import (
     list_checkpoints,
     parse_iteration_name,
 )
+from bridge.training.checkpointing.marks import is_marked, problem_of
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.plans.adapters import saved_adapters
 from bridge.training.checkpointing.plans.load_plan import Saved
 from bridge.training.checkpointing.plans.resharding import saved_form
-from bridge.training.checkpointing.resolve import Source, Tracked, reject_step_of_iteration_directory, resolve
+from bridge.training.checkpointing.resolve import (
+    Offer,
+    Older,
+    Source,
+    reject_step_of_iteration_directory,
+    resolve,
+    stand_ins,
+)
 from bridge.training.checkpointing.safety.containment import require_contained
+from bridge.training.checkpointing.trackers import read_tracker, sound_tracker
+from bridge.training.checkpointing.verification import Unverified, require_undamaged
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +75,9 @@ def find_source(
     ckpt_step: int | None,
     own_paths: Iterable[Path] = (),
     setting: str = "checkpoint.load",
+    *,
+    check_trackers: bool = False,
+    fallback: bool = False,
 ) -> Source | None:
     """The checkpoint to load from `load_dir`, or None if none was ever published there.
 
@@ -79,6 +86,8 @@ def find_source(
         ckpt_step: explicit iteration.
         own_paths: what this run itself writes; below `load_dir` it means nothing.
         setting: the setting that names `load_dir`, for messages.
+        check_trackers: hold the trackers against each other and against the checkpoint that they name.
+        fallback: where a tracker is damaged, or what it names is gone, go by what is left.
 
     Raises:
         CheckpointError: as `resolve`, or a tracker is unreadable.
@@ -89,36 +98,64 @@ def find_source(
         reject_step_of_iteration_directory(load_dir, ckpt_step)
         return Source(load_dir, load_dir.name == RELEASE, f"{setting} names this one checkpoint")
     listing = list_checkpoints(load_dir, own_paths)
-    tracked = read_tracker(listing) if ckpt_step is None else None
+    tracked, problem = None, ""
+    if ckpt_step is None:
+        tracked, problem = sound_tracker(listing, fallback=fallback) if check_trackers else (read_tracker(listing), "")
 
     def is_whole(iteration: int) -> bool:
+        path = load_dir / iteration_name(iteration)
         try:
-            require_whole(load_dir / iteration_name(iteration))
+            if is_marked(path):
+                raise CheckpointDamagedError(f"{path} is marked as damaged: {problem_of(path)}")
+            require_whole(path)
         except CheckpointError as error:
             logger.warning("passing over a checkpoint: %s", error)
             return False
         return True
 
-    return resolve(listing, tracked, ckpt_step, is_whole, setting)
+    try:
+        source = resolve(listing, tracked, ckpt_step, is_whole, setting)
+    except CheckpointDamagedError as error:
+        older = older_sources(listing, tracked.iteration) if fallback and tracked is not None else []
+        if not older:
+            raise
+        logger.error("GOING BACK to %s: %s", older[0].path, error)
+        return older[0]
+    if source is None and problem:
+        raise CheckpointDamagedError(f"{problem}; and there is no checkpoint in {load_dir}")
+    return source
 
 
-def read_tracker(listing: Listing) -> Tracked | None:
-    """What the tracker says: ours if there is one, else Megatron-LM's, else None.
+def older_sources(listing: Listing, below: int, offers: Iterable[Offer] = ()) -> list[Source]:
+    """The checkpoints that may stand in for that of iteration `below`, the best first; none has been opened.
 
-    Raises:
-        CheckpointDamagedError: the tracker is there but unreadable.
+    Args:
+        listing: the directory of persistent checkpoints.
+        below: the iteration of one that is damaged or gone.
+        offers: the complete checkpoints of other tiers.
     """
-    if listing.has_tracker:
-        step = int(read_train_state(listing.path / TRACKER)["step"])
-        return Tracked(step, False, TRACKER)
-    if not listing.has_legacy_tracker:
+    older = [
+        Older(iteration, path, _created(path))
+        for iteration in listing.iterations
+        if iteration < below and (path := listing.path / iteration_name(iteration)).is_dir()
+    ]
+    return stand_ins(older, [offer for offer in offers if offer.iteration <= below], below)
+
+
+def _created(path: Path) -> float | None:
+    try:
+        manifest = read_manifest(path)
+    except CheckpointDamagedError:
         return None
-    iteration, release = read_metadata(listing.path / LEGACY_TRACKER)
-    return Tracked(iteration, release, LEGACY_TRACKER)
+    return None if manifest is None else manifest.created
 
 
-def require_whole(path: Path) -> Manifest | None:
+def require_whole(path: Path, level: Level = "sizes") -> Manifest | None:
     """Check that a checkpoint has all its files in their sizes, and nothing that leads out of it.
+
+    Args:
+        path: the checkpoint.
+        level: with `off` the files are not compared with the manifest.
 
     Returns:
         Its manifest; None for a checkpoint that another program wrote.
@@ -132,30 +169,55 @@ def require_whole(path: Path) -> Manifest | None:
     if path.is_dir():
         require_contained(path)
     manifest = read_manifest(path)
-    if manifest is not None:
-        # Small files are checked to the last bit; reading every shard twice would cost as much as the load.
-        problems = find_damage(path, manifest.files)
-        problems = problems or find_damage(path, (r for r in manifest.files if not _is_shard(r.name)), checksums=True)
-        if problems:
-            raise CheckpointDamagedError(f"{path} is damaged: {'; '.join(problems)}")
-    else:
+    if manifest is None:
         _require_whole_without_manifest(path)
-    backend = get_checkpoint_format(path)
-    if backend != "torch_dist":
-        raise CheckpointMismatchError(
-            f"{path} is in the format {backend!r}, and this version reads 'torch_dist' (checkpoint.ckpt_format)"
-        )
+        return None
+    if level == "off":
+        return manifest
+    named = parse_iteration_name(path.name)
+    swapped = [] if named in (None, manifest.iteration) else [f"{MANIFEST} is of iteration {manifest.iteration}"]
+    problems = find_damage(path, manifest.files)
+    require_undamaged(path, problems and [*swapped, *problems])
+    # Small files are checked to the last bit; reading every shard twice would cost as much as the load.
+    is_shard = format_of(path).is_shard
+    problems = find_damage(path, (r for r in manifest.files if not is_shard(r.name)), checksums=True)
+    require_undamaged(path, problems and [*swapped, *problems])
     return manifest
 
 
-def describe(source: Source) -> Saved:
+def examine(path: Path, level: Level) -> tuple[Manifest | None, Unverified]:
+    """Check a checkpoint as `require_whole` does, and say what is left for all ranks to verify.
+
+    Args:
+        path: the checkpoint; one that is marked as damaged is to be verified in full.
+        level: `checkpoint.integrity`.
+    """
+    level = "full" if is_marked(path) else level
+    manifest = require_whole(path, level)
+    if manifest is None and level == "full":
+        logger.warning("%s has no %s, so its files cannot be verified", path, MANIFEST)
+    if manifest is None or level == "off":
+        return manifest, Unverified()
+    is_shard = format_of(path).is_shard
+    shards = tuple(record for record in manifest.files if is_shard(record.name))
+    return manifest, Unverified(shards, every_byte=level == "full")
+
+
+def describe(source: Source, level: Level = "sizes") -> tuple[Saved, Unverified]:
     """Check a checkpoint and read what it says about itself.
+
+    Returns:
+        That, and what is left for all ranks to verify.
 
     Raises:
         CheckpointError: as `require_whole`, or a file in it is unreadable.
     """
-    manifest = require_whole(source.path)
-    common = torch_dist.read_common(source.path)
+    manifest, unverified = examine(source.path, level)
+    return _saved(source, manifest), unverified
+
+
+def _saved(source: Source, manifest: Manifest | None) -> Saved:
+    common = format_of(source.path).read_common(source.path)
     config = _configuration(source.path, common)
     has_train_state = (source.path / TRAIN_STATE).exists()
     counters = read_train_state(source.path / TRAIN_STATE) if has_train_state else counters_of(common)
@@ -183,6 +245,7 @@ def describe(source: Source) -> Saved:
         precision=value_at(config, "model", "precision", None),
         # Ours say so by a mark; only where another program wrote the checkpoint does its configuration decide.
         adapters=saved_adapters(content_metadata_of(common), config if manifest is None else None),
+        start=0 if manifest is None else manifest.start,
     )
 
 
@@ -208,18 +271,9 @@ def _require_whole_without_manifest(path: Path) -> None:
     config = read_run_config(path)
     if config is not None and str(config.get("_target_", "")).startswith("bridge."):
         raise CheckpointDamagedError(f"{path} is damaged: {MANIFEST} is missing, the last file that a save writes")
-    absent = [name for name in (MCORE_METADATA, PAYLOAD_METADATA, COMMON) if not (path / name).is_file()]
+    absent = [name for name in format_of(path).files if not (path / name).is_file()]
     if absent:
-        found = sorted(entry.name for entry in path.iterdir())
-        content = ", ".join(found[:10]) + (" …" if len(found) > 10 else "") if found else "nothing"
-        problem = f"it has no {', '.join(absent)}; found in it: {content}"
-        if any(name in found for name in (MCORE_METADATA, PAYLOAD_METADATA, COMMON, RUN_CONFIG, TRAIN_STATE)):
-            raise CheckpointDamagedError(f"{path} is damaged: {problem}")
-        raise NotACheckpointError(f"{path} is not a checkpoint: {problem}")
-
-
-def _is_shard(name: str) -> bool:
-    return name.endswith(".distcp")
+        raise CheckpointDamagedError(f"{path} is damaged: it has no {', '.join(absent)}; {found_in(path)}")
 
 
 def _require_one_iteration(path: Path, manifest: int, train_state: int, common: Any) -> None:

@@ -15,11 +15,14 @@ import torch
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.contents.extra_state import delete_extra_state
 from bridge.training.checkpointing.contents.model import generate_model_state_dict, load_model_state_dict
+from bridge.training.checkpointing.detection import format_of, format_on_all_ranks
 from bridge.training.checkpointing.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
 )
-from bridge.training.checkpointing.formats import torch_dist
+from bridge.training.checkpointing.formats.read_choice import sharing_group
+from bridge.training.checkpointing.formats.registry import format_named
+from bridge.training.checkpointing.integrity import Level
 from bridge.training.checkpointing.layout import (
     RELEASE,
     is_iteration_directory,
@@ -30,9 +33,11 @@ from bridge.training.checkpointing.parallel import default_pg_collection
 from bridge.training.checkpointing.preparing import LOCAL_MANAGER, prepare_directories, prepare_store
 from bridge.training.checkpointing.resolve import Source
 from bridge.training.checkpointing.safety.safe_globals import allow
-from bridge.training.checkpointing.source import find_source, read_tracker, require_whole
+from bridge.training.checkpointing.source import examine, find_source, require_whole
 from bridge.training.checkpointing.tiers.availability import complete_iterations
 from bridge.training.checkpointing.tiers.rank_local import RankLocalTier
+from bridge.training.checkpointing.trackers import read_tracker
+from bridge.training.checkpointing.verification import verify
 
 DIRECT_ITERATION_DIRECTORY = -2
 """Stands for the iteration where the path given is itself one checkpoint."""
@@ -140,6 +145,7 @@ def load_global_dist_base_checkpoint(
     """
     del checkpointing_context, is_megatron_mimo
     allow(getattr(ckpt_cfg, "safe_globals", None))
+    format_named(getattr(ckpt_cfg, "ckpt_format", "torch_dist"))  # registers a user's own strategies
     if checkpoint_path_override is not None:
         path = Path(checkpoint_path_override)
     else:
@@ -148,17 +154,19 @@ def load_global_dist_base_checkpoint(
         raise CheckpointNotFoundError(f"there is no checkpoint {path}")
     if rank0:
         require_whole(path)
-        return torch_dist.read_common(path), str(path), release, CheckpointType.GLOBAL
+        return format_of(path).read_common(path), str(path), release, CheckpointType.GLOBAL
     if sharded_state_dict is None:
         raise CheckpointMismatchError("loading the sharded part needs sharded_state_dict, a template of what to load")
     ranks = Ranks.current()
-    ranks.first("examining the checkpoint", lambda: require_whole(path) and None)
-    loaded = torch_dist.load(
+    level: Level = getattr(ckpt_cfg, "integrity", "sizes")
+    verify(path, ranks.first("examining the checkpoint", lambda: examine(path, level)[1]), ranks)
+    loaded = format_on_all_ranks(path, ranks).load(
         sharded_state_dict,
         path,
         ranks,
         strictness=ckpt_cfg.dist_ckpt_strictness,
-        parallelization_group=pg_collection.dp_cp if ckpt_cfg.fully_parallel_load else None,
+        parallelization_group=sharing_group(ckpt_cfg.fully_parallel_load, pg_collection.dp_cp),
+        io_backend=getattr(ckpt_cfg, "io_backend", "direct"),
     )
     return loaded.state_dict, str(path), release, CheckpointType.GLOBAL
 
@@ -336,7 +344,7 @@ def load_model_weights_from_checkpoint(
         if not is_iteration_directory(path):
             raise CheckpointNotFoundError(f"checkpoint_path: {path} is not a checkpoint; name an iter_N directory")
         require_whole(path)
-        content: dict[str, Any] | None = torch_dist.read_common(path).get("content_metadata")
+        content: dict[str, Any] | None = format_of(path).read_common(path).get("content_metadata")
         return content
 
     content = ranks.first("examining the checkpoint", examine)
@@ -345,12 +353,12 @@ def load_model_weights_from_checkpoint(
     template = ranks.run(
         "preparing the state to load", lambda: generate_model_state_dict(model, {"metadata": metadata})
     )
-    loaded = torch_dist.load(
+    loaded = format_on_all_ranks(path, ranks).load(
         template,
         path,
         ranks,
         strictness=dist_ckpt_strictness,
-        parallelization_group=groups.dp_cp if fully_parallel_load else None,
+        parallelization_group=sharing_group(fully_parallel_load, groups.dp_cp),
     )
     sections = delete_extra_state({name: loaded.state_dict[name] for name in template if name in loaded.state_dict})
     if return_state_dict:
@@ -379,5 +387,6 @@ def init_checkpointing_context(checkpoint_config: Any) -> dict[str, Any]:
     if checkpoint_config.non_persistent_ckpt_type in ("local", "in_memory"):
         checkpoint_config.check()
         ranks = Ranks.current()
-        prepare_store(checkpoint_config, context, prepare_directories(checkpoint_config, context, ranks), ranks)
+        session, _ = prepare_directories(checkpoint_config, context, ranks)
+        prepare_store(checkpoint_config, context, session, ranks)
     return context

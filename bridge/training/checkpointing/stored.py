@@ -9,12 +9,15 @@ from typing import Any, Protocol
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.contents.dataloader import DataloaderState, read_dataloader_state
 from bridge.training.checkpointing.contents.train_state import read_train_state
-from bridge.training.checkpointing.formats import torch_dist
-from bridge.training.checkpointing.formats.torch_dist import Loaded
+from bridge.training.checkpointing.detection import format_on_all_ranks
+from bridge.training.checkpointing.formats import Loaded
+from bridge.training.checkpointing.integrity import Level
+from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import TRAIN_STATE
 from bridge.training.checkpointing.plans.load_plan import Saved
 from bridge.training.checkpointing.resolve import Source
 from bridge.training.checkpointing.source import describe
+from bridge.training.checkpointing.verification import verify
 
 
 class StoredCheckpoint(Protocol):
@@ -39,8 +42,9 @@ class StoredCheckpoint(Protocol):
         strictness: str,
         parallelization_group: Any | None,
         validate_access: bool,
+        io_backend: IoBackend = "direct",
     ) -> Loaded:
-        """Read the parts that `template` asks for. Collective; the arguments are those of `torch_dist.load`."""
+        """Read the parts that `template` asks for. Collective; the arguments are those of `formats.Load`."""
 
     def train_state(self) -> Mapping[str, Any]:
         """The counters, by field name of TrainState. Local."""
@@ -54,10 +58,14 @@ class DirectoryCheckpoint:
     """A published `iter_N` directory, or one that another program wrote."""
 
     source: Source
+    integrity: Level = "sizes"
+    """How much of it is checked."""
 
     def describe(self, ranks: Ranks) -> Saved:
-        """Rank 0 looks, for all."""
-        return ranks.first("examining the checkpoint", lambda: describe(self.source))
+        """Rank 0 looks, for all; what is large is verified by all."""
+        saved, unverified = ranks.first("examining the checkpoint", lambda: describe(self.source, self.integrity))
+        verify(self.source.path, unverified, ranks)
+        return saved
 
     def load(
         self,
@@ -67,15 +75,17 @@ class DirectoryCheckpoint:
         strictness: str,
         parallelization_group: Any | None,
         validate_access: bool,
+        io_backend: IoBackend = "direct",
     ) -> Loaded:
-        """Read shards through megatron-core."""
-        return torch_dist.load(
+        """Read shards by the checkpoint's format."""
+        return format_on_all_ranks(self.source.path, ranks).load(
             template,
             self.source.path,
             ranks,
             strictness=strictness,
             parallelization_group=parallelization_group,
             validate_access=validate_access,
+            io_backend=io_backend,
         )
 
     def train_state(self) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,9 +16,10 @@ import bridge
 from bridge.training.callbacks import CheckpointKind
 from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.checksums import DEFAULT
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
-from bridge.training.checkpointing.files import sync_directory, write_file
+from bridge.training.checkpointing.files import sync_directory, sync_file, write_file
 from bridge.training.checkpointing.formats import PayloadWrite
 from bridge.training.checkpointing.integrity import FileRecord, Manifest
 from bridge.training.checkpointing.layout import TRAIN_STATE
@@ -110,19 +111,24 @@ class Save:
     """How often rank 0 tries a step of the commit again."""
     world_size: int | None = field(default=None)
     """Of the run that is saved; None: it is the one that saves."""
+    start: int = 0
+    """Number of the run's start that saves."""
+    checksum: str = field(default=DEFAULT)
+    """The kind of checksum that the manifest gets."""
     report: RankReport | None = field(default=None)
 
     def write(self) -> RankReport:
         """Write and sync this rank's files. Talks to no other rank, so it may run in a background process."""
-        names, result = self.payload.write()
+        written, result = self.payload.write(self.checksum)
+        records = commit.describe_files(self.staging, written, self.checksum)
         for sidecar in (*self.payload.sidecars, *self.sidecars):
             path = self.staging / sidecar.name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # of an earlier try
             write_file(path, sidecar.data)
-            names = [*names, sidecar.name]
+            records.append(FileRecord.of_bytes(sidecar.name, sidecar.data, self.checksum).sampled(self.staging))
         sync_directory(self.staging)
-        return RankReport(commit.describe_files(self.staging, names), result, self.metrics)
+        return RankReport(records, result, self.metrics)
 
     def accept(self, report: RankReport) -> None:
         """Take the report of this rank's write."""
@@ -144,9 +150,7 @@ class Save:
         written = [report for report in reports if report is not None]
         results = [report.result for report in written]
         records = [record for report in written for record in report.files]
-        records += self._retrying(
-            "completing the files", lambda: commit.describe_files(self.staging, self.payload.finish(results))
-        )
+        records += self._retrying("completing the files", lambda: self._complete(results))
         manifest = Manifest(
             iteration=self.target.iteration,
             checkpoint_format=self.target.checkpoint_format,
@@ -155,6 +159,7 @@ class Save:
             versions={"bridge": bridge.__version__, "torch": torch.__version__, "megatron-core": megatron_version},
             files=tuple(sorted(records, key=lambda record: record.name)),
             created=time.time(),
+            start=self.start,
             metrics=merged_metrics([report.metrics for report in written]),
         )
         train_state = (self.staging / TRAIN_STATE).read_bytes()
@@ -167,15 +172,34 @@ class Save:
         seconds = time.monotonic() - self.started
         return Committed(path, self.target.iteration, self.target.kind, manifest.total_bytes, seconds)
 
+    def _complete(self, results: list[Any]) -> list[FileRecord]:
+        """Write the files that need the results of all ranks."""
+        names = self.payload.finish(results)
+        for name in names:
+            sync_file(self.staging / name)  # megatron-core leaves some of them to the kernel
+        return commit.describe_files(self.staging, names, self.checksum)
+
     def _retrying(self, step: str, action: Callable[[], T]) -> T:
         return with_retries(step, action, self.policy, rank=0)
 
 
+def numbers_among(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that are finite real numbers: callbacks may have put anything among them."""
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            continue
+        if math.isfinite(number):
+            numbers[str(name)] = number
+    return numbers
+
+
 def merged_metrics(by_rank: list[dict[str, float]]) -> dict[str, float]:
-    """What all ranks know together: each metric from the lowest rank that has a finite value of it."""
+    """What all ranks know together: each metric from the lowest rank that has it."""
     merged: dict[str, float] = {}
     for metrics in by_rank:
         for name, value in metrics.items():
-            if math.isfinite(value):
-                merged.setdefault(name, float(value))
+            merged.setdefault(name, value)
     return merged

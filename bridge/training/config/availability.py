@@ -2,11 +2,5 @@
 
 from __future__ import annotations
 
-NOT_AVAILABLE: frozenset[str] = frozenset(
-    {
-        "ddp.use_megatron_fsdp",
-        "checkpoint.ckpt_format",
-        "checkpoint.strict_fsdp_dtensor_load",
-    }
-)
+NOT_AVAILABLE: frozenset[str] = frozenset()
 """Settings that may hold nothing but their default: another value is refused, never ignored."""

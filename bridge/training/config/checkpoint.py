@@ -50,13 +50,30 @@ class CheckpointConfig:
     """Further tries of a step of a save that failed in storage, unless the error is of a lasting kind."""
 
     save_retry_seconds: float = 5.0
-    """Seconds before the first of these tries; the wait doubles with each."""
+    """Seconds before the first of these tries; the wait doubles with each, up to a minute or this."""
 
     check_free_space: bool = True
     """Whether a save is begun only where the file system has room for it."""
 
+    checksum: Literal["xxh3", "crc32", "sha256"] = "xxh3"
+    """Kind of the checksums that a checkpoint's manifest gets. Loading reads all kinds."""
+
+    wait_timeout_minutes: float = 120.0
+    """Minutes that ranks wait for one another at one point of a save or load before it fails. What writes or reads the
+    longest decides; a rank that died is noticed at once."""
+
+    writer_stall_seconds: float = 600.0
+    """Seconds after which a background writer that neither computes nor writes is ended, and its save has failed."""
+
     load: str | None = None
     """Directory of checkpoints to start from: the base directory, not an `iter_N` inside it."""
+
+    integrity: Literal["off", "sizes", "full"] = "sizes"
+    """What is checked before a checkpoint is loaded: `sizes` compares the sizes of all files, the contents of the small
+    ones and samples of the large ones with the manifest; `full` reads every file."""
+
+    fallback: bool = True
+    """Whether the newest good checkpoint is loaded where the newest is damaged; otherwise that is an error."""
 
     load_optim: bool = True
     """Whether optimizer and parameter scheduler are loaded."""
@@ -99,14 +116,19 @@ class CheckpointConfig:
     finetune: bool = False
     """Whether only the model is loaded, and training counts from zero."""
 
-    ckpt_format: Literal["torch_dist", "zarr", "fsdp_dtensor"] = "torch_dist"
-    """How sharded state is stored."""
+    ckpt_format: Literal["torch_dist", "zarr", "fsdp_dtensor"] | str = "torch_dist"
+    """How sharded state is stored. Beside these formats: the backend of a save strategy that is registered with
+    megatron-core, or the dotted path of one."""
+
+    io_backend: Literal["direct", "stock"] = "direct"
+    """Who reads `torch_dist` and `fsdp_dtensor` files: `direct` reads tensors straight into place, `stock` leaves it
+    to torch's reader. The files are the same."""
 
     fully_parallel_save: bool = True
     """Whether data-parallel ranks share the writing."""
 
-    fully_parallel_load: bool = False
-    """Whether data-parallel ranks share the reading and exchange what they read."""
+    fully_parallel_load: bool | Literal["auto"] = False
+    """Whether data-parallel ranks share the reading and exchange what they read; `auto` measures and chooses."""
 
     ckpt_assume_constant_structure: bool = False
     """Whether a save reuses the plan of the one before it, if what is saved has the same structure on all ranks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,9 @@ _DOTTED_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 def checkpoint_rules(checkpoint: CheckpointConfig) -> Iterator[Violation]:
     """All rules of the section."""
+    yield from _format_rules(checkpoint)
     yield from _save_rules(checkpoint)
+    yield from _waiting_rules(checkpoint)
     yield from _load_rules(checkpoint)
     yield from _retention_rules(checkpoint)
     yield from _non_persistent_rules(checkpoint)
@@ -67,6 +70,39 @@ def _save_rules(checkpoint: CheckpointConfig) -> Iterator[Violation]:
             True,
             f"does not work with checkpoint.ckpt_format {checkpoint.ckpt_format!r}",
             "set ckpt_format to 'torch_dist', or async_save to false",
+        )
+
+
+def _format_rules(checkpoint: CheckpointConfig) -> Iterator[Violation]:
+    name = checkpoint.ckpt_format
+    if name in ("torch_dist", "zarr", "fsdp_dtensor") or _DOTTED_PATH.fullmatch(name) or _is_registered(name):
+        return
+    yield Violation(
+        "checkpoint.ckpt_format",
+        name,
+        "is no format of this version, and no save strategy is registered for it with megatron-core",
+        "set it to 'torch_dist', 'zarr' or 'fsdp_dtensor', or to the dotted path of a save strategy",
+    )
+
+
+def _is_registered(backend: str) -> bool:
+    # Where nobody has imported the registry, nobody has registered anything.
+    registry = sys.modules.get("megatron.core.dist_checkpointing.strategies.base")
+    return registry is not None and any(name == backend for name, _ in registry.default_strategies["save_sharded"])
+
+
+def _waiting_rules(checkpoint: CheckpointConfig) -> Iterator[Violation]:
+    for field in ("wait_timeout_minutes", "writer_stall_seconds"):
+        value = getattr(checkpoint, field)
+        if value <= 0:
+            yield Violation(f"checkpoint.{field}", value, "is too small", "set it to a number above 0")
+    longest = checkpoint.save_retry_seconds * 2 ** max(checkpoint.save_retries - 1, 0) if checkpoint.save_retries else 0
+    if 0 < checkpoint.writer_stall_seconds <= longest:
+        yield Violation(
+            "checkpoint.writer_stall_seconds",
+            checkpoint.writer_stall_seconds,
+            f"is not above the {longest:g} s that a writer waits before its last try",
+            "raise it, or lower save_retries or save_retry_seconds",
         )
 
 

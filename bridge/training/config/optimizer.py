@@ -102,4 +102,11 @@ class DistributedDataParallelConfig:
     """Parameters in one reduction bucket; None leaves it to megatron-core."""
 
     use_megatron_fsdp: bool = False
-    """Whether Megatron FSDP shards the parameters."""
+    """Whether Megatron FSDP shards the model over the data-parallel ranks. Needs `checkpoint.ckpt_format` to be
+    `fsdp_dtensor`."""
+
+    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = (
+        "optim_grads_params"
+    )
+    """What Megatron FSDP shards: optimizer state and gradients, with `optim_grads_params` the parameters too. The other
+    two are refused: megatron-core trains wrongly with them."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bridge.training.config import parallel_rules, rules
 from bridge.training.config.availability import NOT_AVAILABLE
 from bridge.training.config.checkpoint_rules import checkpoint_rules, replication_world_rules
+from bridge.training.config.fsdp_rules import fsdp_checkpoint_rules, fsdp_rules
 from bridge.training.config.peft import peft_rules
 from bridge.training.config.schema import (
     Mismatch,
@@ -42,6 +43,8 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("rng", "dist", "logger"), rules.run_rules),
     (("rerun_state_machine",), rules.rerun_rules),
     (("checkpoint",), checkpoint_rules),
+    (("checkpoint",), fsdp_checkpoint_rules),
+    (("ddp", "model", "checkpoint", "peft", "rerun_state_machine"), fsdp_rules),
     (("peft", "checkpoint"), peft_rules),
 )
 """Every rule with the sections that it reads, in the order in which violations are reported."""
@@ -84,7 +87,8 @@ def checkpoint_violations(section: CheckpointConfig) -> list[str]:
     found = list(_section_violations("checkpoint", section))
     refused = {violation.setting for violation in found}
     if _is_well_typed(section):
-        found += [violation for violation in checkpoint_rules(section) if violation.setting not in refused]
+        rules_of_section = (checkpoint_rules, fsdp_checkpoint_rules)
+        found += [found_ for rule in rules_of_section for found_ in rule(section) if found_.setting not in refused]
     return [str(violation) for violation in found]
 
 

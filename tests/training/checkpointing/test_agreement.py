@@ -5,7 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.errors import CheckpointError, CheckpointNotFoundError
+from bridge.training.checkpointing.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    UnsafeCheckpointError,
+)
 from tests.distributed.launch import init_ranks, run_ranks
 
 
@@ -85,6 +90,38 @@ def test_a_rank_that_is_gone_is_named_within_seconds() -> None:
         assert kind == "RankLostError"
         assert message.startswith("rank 1 did not arrive at the checkpoint layer's exchange after 'meeting again'")
         assert seconds < 30
+
+
+def rank_one_is_stuck() -> tuple[str, str]:
+    init_ranks()
+    ranks = Ranks.current().waiting(0.02)
+    ranks.run("meeting once", lambda: None)
+    if ranks.rank == 1:
+        time.sleep(12)  # past the limit and the roll call
+        return "late", ""
+    time.sleep(0.5 * ranks.rank)
+    return outcome(lambda: ranks.run("meeting again", lambda: None))
+
+
+def test_a_rank_that_is_stuck_is_named_when_the_time_is_up() -> None:
+    first, stuck, third = run_ranks(rank_one_is_stuck, 3, timeout=60)
+    message = "rank 1 did not arrive at the checkpoint layer's exchange after 'meeting again' (waited at most 1.2 s)"
+    assert first == third == ("RankLostError", message)
+    assert stuck == ("late", "")
+
+
+def unsafe_on_one(ranks: Ranks) -> None:
+    raise UnsafeCheckpointError("it runs code") if ranks.rank == 1 else CheckpointDamagedError("it is torn")
+
+
+def test_an_unsafe_file_is_not_hidden_by_damage_on_another_rank() -> None:
+    def act() -> tuple[str, str]:
+        init_ranks()
+        ranks = Ranks.current()
+        return outcome(lambda: ranks.run("reading", lambda: unsafe_on_one(ranks)))
+
+    found = ("UnsafeCheckpointError", "reading failed on rank 0: it is torn; rank 1: it runs code")
+    assert run_ranks(act, 2) == [found, found]
 
 
 def test_a_single_process_needs_no_torch_distributed() -> None:

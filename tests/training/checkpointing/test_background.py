@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bridge.training.checkpointing import background
+from bridge.training.checkpointing import background, liveness
 from bridge.training.checkpointing.background import ForkedCall
 from bridge.training.checkpointing.errors import CheckpointSaveError
 
@@ -86,6 +86,51 @@ def test_it_dies_with_its_parent() -> None:
     assert not _is_running(grandchild)
 
 
+@pytest.fixture
+def _short_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "LOOK_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("_short_looks")
+def test_a_stopped_process_is_told_of_at_once_and_ended(caplog: pytest.LogCaptureFixture) -> None:
+    call = ForkedCall(lambda: time.sleep(60), "writer", stall_seconds=1.0)
+    os.kill(call.pid, signal.SIGSTOP)
+    with pytest.raises(CheckpointSaveError) as caught:
+        call.result()
+    assert (
+        str(caught.value) == "the process of writer is held by a signal and has done nothing for 1 s, so it was ended"
+    )
+    assert not _is_running(call.pid)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the process {call.pid} of writer is held by a signal; it is ended if that lasts 1 s"
+    ]
+
+
+@pytest.mark.usefixtures("_short_looks")
+def test_a_process_that_waits_for_ever_is_noticed_by_polling() -> None:
+    call = ForkedCall(lambda: time.sleep(60), "writer", stall_seconds=0.5)
+    while not call.poll():
+        time.sleep(0.02)
+    with pytest.raises(CheckpointSaveError, match=r"neither computes nor writes and has done nothing for 0\.5 s"):
+        call.result()
+
+
+@pytest.mark.usefixtures("_short_looks")
+@pytest.mark.parametrize("in_a_child", [False, True])
+def test_a_process_that_gets_on_slowly_is_left_alone(tmp_path: Path, in_a_child: bool) -> None:
+    def write_slowly() -> str:
+        with (tmp_path / "file").open("wb", buffering=0) as stream:
+            for _ in range(20):
+                stream.write(b"x")
+                time.sleep(0.1)
+        return "written"
+
+    def in_one() -> str:
+        return ForkedCall(write_slowly, "child").result()
+
+    assert ForkedCall(in_one if in_a_child else write_slowly, "writer", stall_seconds=0.8).result() == "written"
+
+
 def test_kill_ends_it_at_once() -> None:
     call = ForkedCall(lambda: time.sleep(60), "writer")
     call.kill()
@@ -115,3 +160,11 @@ def _is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_a_result_is_taken_where_somebody_else_reaps_the_processes() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert ForkedCall(lambda: 42, "the answer").result() == 42
+    finally:
+        signal.signal(signal.SIGCHLD, before)

@@ -1,5 +1,6 @@
 """The commit on a real directory: whole or absent, replaced as a whole, recovered after a crash."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.errors import CheckpointSaveError
 from bridge.training.checkpointing.integrity import FileRecord, Manifest
 from bridge.training.checkpointing.layout import WRITER, new_saving_name, new_trash_name
+from bridge.training.checkpointing.retention.trash import trash_of
 
 
 def stage(save_dir: Path, iteration: int, contents: dict[str, bytes], *, seal: bool = True) -> Path:
@@ -54,6 +56,29 @@ def test_saving_again_replaces_the_whole_directory(
     commit.publish(stage(tmp_path, 10, {"__0_0.distcp": b"new"}), 10)
     assert tree(tmp_path) == {"iter_0000010", "iter_0000010/__0_0.distcp", "iter_0000010/manifest.json"}
     assert (tmp_path / "iter_0000010" / "__0_0.distcp").read_bytes() == b"new"
+
+
+def test_a_replacement_that_fails_half_way_puts_the_old_checkpoint_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit.publish(stage(tmp_path, 10, {"__0_0.distcp": b"old"}), 10)
+    staging = stage(tmp_path, 10, {"__0_0.distcp": b"new"})
+    real = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self == staging:
+            raise OSError(errno.ESTALE, "Stale file handle", str(self))
+        return real(self, target)
+
+    monkeypatch.setattr(commit, "exchange", lambda first, second: False)
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="Stale file handle"):
+        commit.publish(staging, 10)
+    assert tree(tmp_path) == {
+        *("iter_0000010", "iter_0000010/__0_0.distcp", "iter_0000010/manifest.json"),
+        *(staging.name, f"{staging.name}/__0_0.distcp", f"{staging.name}/manifest.json"),
+    }
+    assert (tmp_path / "iter_0000010" / "__0_0.distcp").read_bytes() == b"old"
 
 
 def test_trackers_move_as_whole_files(tmp_path: Path) -> None:
@@ -109,15 +134,18 @@ def test_recovery_does_not_publish_a_sealed_directory_that_lost_bytes(tmp_path: 
     assert tree(tmp_path) == set()
 
 
-def test_recovery_runs_once_in_a_process(tmp_path: Path) -> None:
-    context: dict[str, object] = {}
-    commit.recover_once(tmp_path, context)
-    leftover = tmp_path / new_saving_name(10)
-    leftover.mkdir()
-    commit.recover_once(tmp_path, context)
-    assert leftover.exists()
-    commit.recover_once(tmp_path, {})
-    assert not leftover.exists()
+@pytest.mark.parametrize("contexts", [({}, {}), (None, None), ({}, None)])
+def test_recovery_runs_once_in_a_process_because_what_comes_later_is_its_own(
+    tmp_path: Path, contexts: tuple[dict[str, object] | None, ...]
+) -> None:
+    left_behind = tmp_path / new_saving_name(10)
+    left_behind.mkdir()
+    commit.recover_once(tmp_path, contexts[0])
+    trash_of(contexts[0] or {}).finish()
+    assert not left_behind.exists()
+    in_flight = commit.begin_staging(tmp_path, 20)
+    commit.recover_once(tmp_path, contexts[1])
+    assert in_flight.exists()
 
 
 @pytest.mark.parametrize("place", ["absent", "absent/below", "."])

@@ -10,13 +10,14 @@ from typing import Any
 from bridge.training.config import CheckpointConfig
 from bridge.training.config.availability import NOT_AVAILABLE
 from tests.distributed.launch import run_ranks
+from tests.training import fsdp
 from tests.training.tiny import run_to_end, tiny_config
 
 FIELDS = {field.name for field in fields(CheckpointConfig)}
 CARRIED_OUT = {name for name in FIELDS if f"checkpoint.{name}" not in NOT_AVAILABLE}
 
 
-def fields_read_by_a_run(ranks: int = 1, **checkpoint: Any) -> set[str]:
+def fields_read_by_a_run(ranks: int = 1, *, megatron_fsdp: bool = False, **checkpoint: Any) -> set[str]:
     """Fields that code outside the configuration package reads; that package reads all of them, to check them."""
 
     def run() -> set[str]:
@@ -29,7 +30,8 @@ def fields_read_by_a_run(ranks: int = 1, **checkpoint: Any) -> set[str]:
             return object.__getattribute__(config, name)
 
         CheckpointConfig.__getattribute__ = note  # type: ignore[method-assign, assignment]  # in this forked rank only
-        run_to_end(tiny_config(train_iters=2, checkpoint=checkpoint))
+        cfg = tiny_config(train_iters=2, ddp={"use_megatron_fsdp": megatron_fsdp}, checkpoint=checkpoint)
+        (fsdp.run_to_end if megatron_fsdp else run_to_end)(cfg)
         return read
 
     return set().union(*run_ranks(run, ranks))
@@ -62,4 +64,7 @@ def test_every_available_field_is_read_by_what_it_controls(tmp_path: Path) -> No
             non_persistent_local_ckpt_dir=str(tmp_path / "node"),
             **copied,
         )
+    sharded = {"save": str(tmp_path / "sharded"), "ckpt_format": "fsdp_dtensor", "megatron_fsdp": True}
+    read |= fields_read_by_a_run(**sharded)
+    read |= fields_read_by_a_run(load=sharded["save"], strict_fsdp_dtensor_load=True, **sharded)
     assert read >= CARRIED_OUT, sorted(CARRIED_OUT - read)

@@ -20,6 +20,7 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
         {"optimizer": {"optimizer": "sgd", "sgd_momentum": 0.0}, "ddp": {"use_distributed_optimizer": False}},
     ),
     "DP2, bf16": (2, {"model": {"precision": "bf16"}}),
+    "DP2, torch's own reader": (2, {"checkpoint": {"io_backend": "stock"}}),
     "DP2, two files a rank, shared reading": (
         2,
         {"checkpoint": {"storage_writers_per_rank": 2, "fully_parallel_load": True}},

@@ -286,7 +286,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"ddp.bucket_size": 0}, "ddp.bucket_size: 0 is too small; set it to 1 or more"),
     (
         {"ddp.use_megatron_fsdp": True},
-        "ddp.use_megatron_fsdp: true is not available in this version; leave it at false",
+        "ddp.use_megatron_fsdp: true does not work with checkpoint.ckpt_format 'torch_dist'; "
+        "set checkpoint.ckpt_format to 'fsdp_dtensor', or this to false",
     ),
     ({"peft": {"dim": 8}}, "peft: {'dim': 8} is not valid; set it to a LoRAConfig"),
     # train
@@ -399,7 +400,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"checkpoint.strict_fsdp_dtensor_load": True},
-        "checkpoint.strict_fsdp_dtensor_load: true is not available in this version; leave it at false",
+        "checkpoint.strict_fsdp_dtensor_load: true has no effect with checkpoint.ckpt_format 'torch_dist'; "
+        "leave it at false, or see checkpoint.dist_ckpt_strictness",
     ),
     # types
     (
@@ -511,7 +513,6 @@ def test_reports_everything_at_once_and_in_the_order_of_the_sections() -> None:
     }
     assert [line.split(":")[0] for line in problems(settings, world_size=2)] == [
         "model.num_layers",
-        "checkpoint.strict_fsdp_dtensor_load",
         "logger.log_level",
         "peft",
         "optimizer.min_lr",
@@ -519,6 +520,7 @@ def test_reports_everything_at_once_and_in_the_order_of_the_sections() -> None:
         "dataset.path",
         "checkpoint.async_save",
         "checkpoint.ckpt_step",
+        "checkpoint.strict_fsdp_dtensor_load",
     ]
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from megatron.core.utils import unwrap_model
 
+from bridge.training.checkpointing.contents import fsdp_dtensor
 from bridge.training.checkpointing.contents.extra_state import without_extra_state
 from bridge.training.checkpointing.contents.glu import model_glu_sizes, process_model_state_dict
 from bridge.training.checkpointing.errors import CheckpointMismatchError
+from bridge.training.checkpointing.plans.resharding import FSDP_DTENSOR
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +37,24 @@ def generate_model_state_dict(
     Args:
         model: model chunks of this rank, wrapped or not.
         model_sd_kwargs: passed on to each chunk's `sharded_state_dict`.
-        ckpt_format: only formats of sharded state dicts, `torch_dist` and `zarr`.
+        ckpt_format: most formats store sharded state dicts. For `fsdp_dtensor` the section is the raw state
+            dict of the only chunk, which `preprocess_fsdp_dtensor_state_dict` prepares for storage.
         pg_collection: accepted for compatibility; the shards follow from the model.
 
     Returns:
-        Sharded state dicts by section name.
+        State dicts by section name.
 
     Raises:
         CheckpointMismatchError: a gated layer cannot be divided into the model's blocks.
-        ValueError: the format has no sharded state dict.
     """
     del pg_collection
-    if ckpt_format not in ("torch_dist", "zarr"):
-        raise ValueError(f"ckpt_format {ckpt_format!r} has no sharded state dict of a model yet; use 'torch_dist'")
+    if ckpt_format == FSDP_DTENSOR:
+        if len(model) != 1 or not fsdp_dtensor.is_megatron_fsdp(model[0]):
+            raise CheckpointMismatchError(
+                "checkpoint.ckpt_format is 'fsdp_dtensor', which needs one model chunk under Megatron FSDP; "
+                "set ddp.use_megatron_fsdp: true, or ckpt_format to 'torch_dist'"
+            )
+        return {model_section(0, 1): fsdp_dtensor.model_section(model[0])}
     routed, shared = model_glu_sizes(model)
     sections: dict[str, Any] = {}
     for index, chunk in enumerate(unwrap_model(model)):

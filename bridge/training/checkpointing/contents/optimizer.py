@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bridge.training.checkpointing.contents import fsdp_dtensor
 from bridge.training.checkpointing.contents.bucket_padding import padding_between_buckets
 from bridge.training.checkpointing.contents.optimizer_forms import (
     ADAPTED,
@@ -17,6 +18,7 @@ from bridge.training.checkpointing.contents.optimizer_forms import (
 )
 from bridge.training.checkpointing.plans.resharding import (
     DP_RESHARDABLE,
+    FSDP_DTENSOR,
     FULLY_RESHARDABLE,
     MEMORY_EFFICIENT,
     SHARDING_TYPE,
@@ -34,11 +36,13 @@ def build_sharded_state_dict_metadata(use_distributed_optimizer: bool, cfg: Any)
 
     Args:
         use_distributed_optimizer: whether the optimizer's state is sharded over data-parallel ranks.
-        cfg: checkpoint configuration; `dist_ckpt_optim_fully_reshardable` and, with it,
+        cfg: checkpoint configuration; `ckpt_format`, `dist_ckpt_optim_fully_reshardable` and, with the latter,
             `distrib_optim_fully_reshardable_mem_efficient` are read.
     """
     metadata: dict[str, Any] = {}
-    if use_distributed_optimizer and cfg.dist_ckpt_optim_fully_reshardable:
+    if cfg.ckpt_format == FSDP_DTENSOR:
+        metadata[SHARDING_TYPE] = FSDP_DTENSOR
+    elif use_distributed_optimizer and cfg.dist_ckpt_optim_fully_reshardable:
         metadata[SHARDING_TYPE] = FULLY_RESHARDABLE
         metadata[MEMORY_EFFICIENT] = cfg.distrib_optim_fully_reshardable_mem_efficient
     elif use_distributed_optimizer:
@@ -73,7 +77,9 @@ def generate_optimizer_state_dict(
     else:
         model_sections = dict(model_state_dict)
     sections: dict[str, Any] = {}
-    if optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
+    if fsdp_dtensor.is_megatron_fsdp(optimizer):
+        sections[OPTIMIZER] = fsdp_dtensor.optimizer_section(optimizer)
+    elif optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
         allocate_optimizer_state(optimizer)
         metadata = kwargs.get("metadata") or {}
         with padding_between_buckets(chained(optimizer)):
@@ -134,4 +140,6 @@ def load_scheduler(scheduler: Any, state_dict: Mapping[str, Any]) -> None:
     """Load the scheduler section, under its present or its older name."""
     section = state_dict.get(LEGACY_SCHEDULER, state_dict.get(SCHEDULER))
     if section is not None:
+        # megatron-core adds the saved steps to those already taken, by an earlier load for one.
+        scheduler.num_steps = 0
         scheduler.load_state_dict(section)

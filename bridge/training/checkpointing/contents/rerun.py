@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.core.rerun_state_machine import RerunMode, RerunState, get_rerun_state_machine
+import torch
+from megatron.core.rerun_state_machine import Call, Caller, RerunMode, RerunState, get_rerun_state_machine
 
 from bridge.training.checkpointing.errors import CheckpointMismatchError
 
 RERUN = "rerun_state_machine"
+
+# Which call gave the wrong result is part of the state: two tuples of names and numbers. megatron-core allows its
+# enumerations, and forgets these.
+torch.serialization.add_safe_globals([Call, Caller])
 
 
 def rerun_is_enabled() -> bool:

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.random import (
 )
 
 from bridge import accelerator
+from bridge.training.checkpointing.contents.fsdp_dtensor import rng_key
 from bridge.training.checkpointing.errors import CheckpointMismatchError
 from bridge.training.checkpointing.plans.random_states import Place, RngRequest
 
@@ -27,29 +28,44 @@ def get_rng_state(
     *,
     pg_collection: Any,
     module_name: str | None = None,
-) -> ShardedObject:
-    """Collect this rank's generator states as one sharded object.
+) -> ShardedObject | dict[str, list[dict[str, Any]]]:
+    """Collect this rank's generator states as one sharded object, or for `fsdp_dtensor` as a dictionary.
 
     Args:
         data_parallel_random_init: data-parallel ranks have states of their own; they are gathered into a list
             in the order of their ranks in the data- and context-parallel group.
-        ckpt_format: only `torch_dist` in this version.
+        ckpt_format: decides about the form, as `checkpoint.ckpt_format` does.
         pg_collection: the process groups, with `tp`, `pp`, `dp_cp` and, for mixture of experts, `ep`.
         module_name: puts the key into a namespace, `rng_state.<module_name>`.
 
     Returns:
         A ShardedObject of a list of states. Its shape is (pipeline, tensor) with the data- and
-        context-parallel rank as replica; with expert parallelism (pipeline, tensor, data and context).
+        context-parallel rank as replica; with expert parallelism (pipeline, tensor, data and context). For
+        `fsdp_dtensor` the list under the key `(<pipeline rank>, <tensor rank>)`, with an entry for each replica where
+        they have states of their own.
     """
     own = capture_rng_state(ckpt_format)
-    states = gather_rng_states(own, data_parallel_random_init, pg_collection=pg_collection)
+    apart = data_parallel_random_init or has_states_of_replicas(ckpt_format, pg_collection)
+    states = gather_rng_states(own, apart, pg_collection=pg_collection)
+    if ckpt_format == "fsdp_dtensor":
+        return keyed_rng_state(states, pg_collection=pg_collection)
     return sharded_rng_state(states, pg_collection=pg_collection, module_name=module_name)
+
+
+def has_states_of_replicas(ckpt_format: str, pg_collection: Any) -> bool:
+    """Whether the form of a format has no other place for the states that experts' replicas have of their own."""
+    expert_group = getattr(pg_collection, "ep", None)
+    return ckpt_format == "fsdp_dtensor" and expert_group is not None and expert_group.size() > 1
+
+
+def keyed_rng_state(states: list[dict[str, Any]], *, pg_collection: Any) -> dict[str, list[dict[str, Any]]]:
+    """The third step for `fsdp_dtensor`: the states by the rank's place. Local."""
+    return {rng_key(pg_collection.pp.rank(), pg_collection.tp.rank()): states}
 
 
 def capture_rng_state(ckpt_format: str = "torch_dist") -> dict[str, Any]:
     """The first step of `get_rng_state`: the states of this rank's generators. Local."""
-    if ckpt_format != "torch_dist":
-        raise ValueError(f"random states have no form for ckpt_format {ckpt_format!r} yet; use 'torch_dist'")
+    del ckpt_format  # they have one form in all of them
     return {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),

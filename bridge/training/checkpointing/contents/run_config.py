@@ -13,8 +13,10 @@ from bridge.training.checkpointing.errors import CheckpointDamagedError
 from bridge.training.checkpointing.layout import RUN_CONFIG
 from bridge.training.checkpointing.sidecar import Sidecar
 
-_LARGEST = 1 << 26
-"""Bytes."""
+_LARGEST = 1 << 23
+"""Bytes; the largest configurations have some hundred thousand."""
+_DEEPEST = 100
+"""Brackets within brackets: the reader's time grows with their square."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -23,6 +25,11 @@ class _Loader(yaml.SafeLoader):
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
             raise yaml.YAMLError("merge keys are not allowed")
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= _DEEPEST:
+            raise yaml.YAMLError("brackets are nested too deeply")
+        super().fetch_flow_collection_start(token)
 
 
 def run_config_sidecar(cfg: Any, *, has_optimizer: bool = True, has_rng: bool = True) -> Sidecar:

@@ -20,7 +20,7 @@ def generate_state_dict(
     model: list[Any],
     optimizer: Any | None,
     opt_param_scheduler: Any | None,
-    rng_state: ShardedObject | None,
+    rng_state: ShardedObject | Mapping[str, Any] | None,
     iteration: int | None = None,
     optim_sd_kwargs: Mapping[str, Any] | None = None,
     model_sd_kwargs: Mapping[str, Any] | None = None,
@@ -49,7 +49,7 @@ def generate_state_dict(
     """
     del pg_collection
     is_loading = bool((optim_sd_kwargs or {}).get("is_loading", False))
-    model_sections = generate_model_state_dict(model, model_sd_kwargs)
+    model_sections = generate_model_state_dict(model, model_sd_kwargs, ckpt_cfg.ckpt_format)
     optimizer_sections = optimizer_part(ckpt_cfg, optimizer, opt_param_scheduler, model_sections, optim_sd_kwargs)
     if not (ckpt_cfg.save_rng or is_loading):
         rng_state = None
@@ -80,7 +80,7 @@ def optimizer_part(
 def joined(
     model_sections: Mapping[str, Any],
     optimizer_sections: Mapping[str, Any],
-    rng_state: ShardedObject | None,
+    rng_state: ShardedObject | Mapping[str, Any] | None,
     iteration: int | None,
     rerun_state: Mapping[str, Any] | None,
 ) -> dict[str, Any]:

@@ -28,6 +28,9 @@ LASTING = frozenset(
 """Errors that are the same at the next try. All others may pass: a full disk too, where old checkpoints are being
 deleted, or another user of it cleans up."""
 
+LONGEST_WAIT = 60.0
+"""Seconds. Other ranks wait meanwhile, and take a rank for lost that does not come back for long."""
+
 _FATAL = (RankLostError, DirectoryInUseError)
 
 
@@ -41,7 +44,7 @@ class FailurePolicy:
     retries: int = 0
     """Further tries of a step that failed in storage."""
     retry_seconds: float = 0.0
-    """Before the first of them; doubled each time."""
+    """Before the first of them; doubled each time, up to `LONGEST_WAIT` or this, whichever is longer."""
 
     @classmethod
     def of(cls, checkpoint_config: CheckpointConfig) -> FailurePolicy:
@@ -68,7 +71,9 @@ class FailurePolicy:
         cause = storage_error(error)
         if retry > self.retries or cause is None or cause.errno in LASTING:
             return None
-        return float(self.retry_seconds * 2 ** (retry - 1))
+        longest = max(LONGEST_WAIT, self.retry_seconds)
+        # The power is bounded too: a float has no room for that of the thousandth try.
+        return min(longest, float(self.retry_seconds * 2 ** min(retry - 1, 32)))
 
 
 def may_pass(error: CheckpointError) -> bool:

@@ -40,6 +40,8 @@ class Saved:
     """Where there is no train_state.pt, its fields as far as the checkpoint tells them otherwise."""
     has_rerun_state: bool = False
     """Whether it was saved to run a step again."""
+    start: int = 0
+    """Number of the run's start that saved it; 0 where nobody counts."""
 
     @property
     def rng(self) -> RngLayout:
@@ -67,6 +69,8 @@ class Wanted:
     precision: str | None = None
     adapters: Adapters | None = None
     """None where a whole model is loaded."""
+    megatron_fsdp: bool = False
+    """Whether the model is under Megatron FSDP."""
     reruns: bool = False
     """Whether the rerun state machine is enabled."""
 
@@ -117,9 +121,11 @@ def plan_load(saved: Saved, wanted: Wanted) -> LoadPlan:
     """Decide what to restore.
 
     Raises:
-        CheckpointMismatchError: the vocabulary is of another size, the optimizer's state is wanted but cannot be
+        CheckpointMismatchError: only one of checkpoint and run is of Megatron FSDP, the vocabulary is of another size,
+            the optimizer's state is wanted but cannot be
             resharded to this run's layout, or the data iterator's state is required and was not saved.
     """
+    resharding.require_same_wrapper(saved, wanted)
     _require_same_vocabulary(saved, wanted)
     optimizer = _plan_optimizer(saved, wanted)
     rng = _plan_rng(saved, wanted)

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from bridge.training.checkpointing.plans.load_plan import Saved, Wanted
 
 SHARDING_TYPE = "distrib_optim_sharding_type"
+CONVERTED_FROM = "converted_from"
+"""Of content metadata: the format of Megatron FSDP, in a checkpoint that was converted from it into another."""
 MEMORY_EFFICIENT = "distrib_optim_fully_reshardable_mem_efficient"
 DP_RESHARDABLE = "dp_reshardable"
 FULLY_RESHARDABLE = "fully_reshardable"
+FSDP_DTENSOR = "fsdp_dtensor"
+"""DTensors of Megatron FSDP, in the shape of the model's tensors."""
 
 _BUFFER_TYPES = (DP_RESHARDABLE, "dp_zero_gather_scatter")
 """Copies of the distributed optimizer's flat buffers, which follow from the model-parallel sizes."""
@@ -79,6 +83,31 @@ def is_adapted(content_metadata: Mapping[str, Any], saved: OptimizerForm | None,
     return not same_names or saved.parts != wanted.parts
 
 
+def require_same_wrapper(saved: Saved, wanted: Wanted) -> None:
+    """Refuse a checkpoint of a model under Megatron FSDP for one that is not, and the other way round.
+
+    Raises:
+        CheckpointMismatchError: the message names the setting that decides.
+    """
+    content = saved.content_metadata or {}
+    if CONVERTED_FROM in content:
+        raise CheckpointMismatchError(
+            f"the checkpoint was converted from the format {content[CONVERTED_FROM]} into another, for other programs, "
+            "and no run can load it so; convert it back: bridge-ckpt convert SRC DST --format fsdp_dtensor"
+        )
+    was_sharded = content.get(SHARDING_TYPE) == FSDP_DTENSOR
+    if was_sharded and not wanted.megatron_fsdp:
+        raise CheckpointMismatchError(
+            "the checkpoint is in the format fsdp_dtensor, which only a model under Megatron FSDP can load, and this "
+            "run sets ddp.use_megatron_fsdp: false; set it to true, and checkpoint.ckpt_format: fsdp_dtensor"
+        )
+    if wanted.megatron_fsdp and not was_sharded:
+        raise CheckpointMismatchError(
+            "the checkpoint is not in the format fsdp_dtensor, the only one that a model under Megatron FSDP can load, "
+            "and this run sets ddp.use_megatron_fsdp: true; set it to false, and checkpoint.ckpt_format as it was"
+        )
+
+
 def require_loadable(saved: Saved, wanted: Wanted) -> None:
     """Refuse optimizer state that this run cannot load, before anything of it is read.
 
@@ -91,7 +120,9 @@ def require_loadable(saved: Saved, wanted: Wanted) -> None:
             f"or older), and such state can no longer be loaded; {_MODEL_ONLY}"
         )
     sharding = saved.content_metadata.get(SHARDING_TYPE)
-    if sharding in _BUFFER_TYPES:
+    if sharding == FSDP_DTENSOR:
+        _require_same_names(saved, wanted)
+    elif sharding in _BUFFER_TYPES:
         _require_same_buffers(saved, wanted, str(sharding))
     elif sharding not in (None, FULLY_RESHARDABLE):
         raise CheckpointMismatchError(
@@ -100,6 +131,15 @@ def require_loadable(saved: Saved, wanted: Wanted) -> None:
         )
     else:
         _require_known_form(saved, wanted, was_distributed=sharding is not None)
+
+
+def _require_same_names(saved: Saved, wanted: Wanted) -> None:
+    """Megatron FSDP names the optimizer's state by the wrappers around the model, one of which is for bf16."""
+    if saved.precision is not None and wanted.precision is not None and saved.precision != wanted.precision:
+        raise CheckpointMismatchError(
+            f"the checkpoint's optimizer state is {FSDP_DTENSOR}: it can only be loaded with the model.precision that "
+            f"it was saved with, {saved.precision}, and this run sets {wanted.precision}; keep it, or {_MODEL_ONLY}"
+        )
 
 
 def _require_same_buffers(saved: Saved, wanted: Wanted, sharding: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,10 @@ from bridge.training.checkpointing.errors import CheckpointDamagedError, Checkpo
 from bridge.training.checkpointing.files import delete_trash, move_to_trash, sync_directory
 from bridge.training.checkpointing.integrity import read_manifest
 from bridge.training.checkpointing.layout import LEGACY_TRACKER, MANIFEST, Listing, iteration_name, list_checkpoints
+from bridge.training.checkpointing.marks import is_marked
 from bridge.training.checkpointing.retention.policies import Best, Entry, MostRecent, Policy, removable
 from bridge.training.checkpointing.retention.trash import Trash
-from bridge.training.checkpointing.source import read_tracker
+from bridge.training.checkpointing.trackers import read_tracker
 
 if TYPE_CHECKING:
     from bridge.training.config import CheckpointConfig
@@ -60,7 +61,7 @@ def sweep(
     """Move the checkpoints that no policy keeps out of sight.
 
     Only directories count that have an iteration's name and a manifest of that iteration. Everything else, links
-    included, stays, and takes no place from a checkpoint.
+    included, stays, and takes no place from a checkpoint. So does what a link in the directory leads to.
 
     Args:
         save_dir: a directory of checkpoints whose trackers exist.
@@ -84,28 +85,46 @@ def sweep(
     if tracked[0] not in {entry.iteration for entry in entries}:
         raise CheckpointDamagedError(f"{save_dir}: the tracker names iteration {tracked[0]}, which is not whole there")
     _warn_of_unmeasured(policies, entries, saved)
-    protected = {*tracked, *_used(listing, in_use)} | (set() if saved is None else {saved})
+    links = [entry for entry in save_dir.iterdir() if entry.is_symlink()]  # somebody's name for what it leads to
+    protected = {*tracked, *_used(listing, [*in_use, *links])} | (set() if saved is None else {saved})
     return _move_out(listing, removable(entries, policies, tracked[0], protected))
 
 
 def committed_entries(listing: Listing) -> list[Entry]:
-    """The committed checkpoints of a directory: by name, by being a directory and no link, and by manifest."""
+    """The committed, unmarked checkpoints of a directory: by name, by being a directory, no link, and by manifest."""
     entries = []
     for iteration in listing.iterations:
         path = listing.path / iteration_name(iteration)
-        if path.is_symlink():
+        if path.is_symlink() or is_marked(path):
             continue
         try:
-            manifest = read_manifest(path)
+            found = (path / MANIFEST).stat()
+            entry = _entry(path, found.st_ino, found.st_mtime_ns, found.st_size)
+        except FileNotFoundError:
+            continue
         except CheckpointDamagedError as error:
             logger.warning("retention neither counts nor deletes %s: %s", path, error)
             continue
-        if manifest is not None and manifest.iteration == iteration:
-            created = manifest.created
-            if created is None:
-                created = (path / MANIFEST).stat().st_mtime
-            entries.append(Entry(iteration, created, manifest.metrics))
+        if entry is not None and entry.iteration == iteration:
+            entries.append(entry)
     return entries
+
+
+@lru_cache(maxsize=10_000)
+def _entry(path: Path, inode: int, modified: int, size: int) -> Entry | None:
+    """What a checkpoint's manifest says, parsed again only when it is another file: all ranks wait for a sweep.
+
+    Args:
+        path: the checkpoint.
+        inode: of its manifest.
+        modified: of its manifest, Unix time in nanoseconds.
+        size: of its manifest, in bytes.
+    """
+    manifest = read_manifest(path)
+    if manifest is None:
+        return None
+    created = modified / 1e9 if manifest.created is None else manifest.created
+    return Entry(manifest.iteration, created, manifest.metrics)
 
 
 def needed_again(
@@ -218,8 +237,11 @@ def _move_out(listing: Listing, iterations: Iterable[int]) -> list[Path]:
             logger.error("could not remove the old checkpoint %s; the next save tries again: %s", path, error)
         else:
             logger.info("removing the old checkpoint %s", path)
-    if trash:
+    try:
         sync_directory(listing.path)
+    except OSError as error:
+        # After a power loss some may be back, whole: the next sweep moves them again.
+        logger.error("could not sync %s after removing old checkpoints: %s", listing.path, error)
     return trash
 
 

@@ -15,9 +15,10 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,22 @@ FILES_PER_SECOND = 200.0
 load that a file system shared with the training does not feel."""
 
 FINISH_SECONDS = 300.0
-"""How long the end of a run waits for its deletions; they then go as fast as they can."""
+"""How long the planned end of a run waits for its deletions; they then go as fast as they can."""
+
+EXIT_SECONDS = 10.0
+"""How long any other end of the process waits for them: after an error the other ranks wait for it too."""
 
 _PROGRAM = Path(__file__).with_name("trash_process.py")
 _CONTEXT_KEY = "trash"
+
+
+class _Deletion(NamedTuple):
+    """What is being deleted."""
+
+    process: subprocess.Popen[bytes]
+    paths: list[Path]
+    report: IO[bytes]
+    """What the process says of it."""
 
 
 class Trash:
@@ -41,7 +54,7 @@ class Trash:
     def __init__(self, files_per_second: float = FILES_PER_SECOND) -> None:
         self._files_per_second = files_per_second
         self._waiting: list[Path] = []
-        self._running: tuple[subprocess.Popen[bytes], list[Path]] | None = None
+        self._running: _Deletion | None = None
         self._owner = os.getpid()
 
     @property
@@ -52,7 +65,7 @@ class Trash:
     def delete(self, paths: Iterable[Path] = ()) -> None:
         """Begin to delete `paths`, which have `.trash-` names, and report on earlier deletions that have ended."""
         self._waiting += paths
-        if self._running is not None and self._running[0].poll() is not None:
+        if self._running is not None and self._running.process.poll() is not None:
             self._collect()
         if self._running is None and self._waiting:
             self._start(self._files_per_second)
@@ -65,15 +78,16 @@ class Trash:
         """
         if os.getpid() != self._owner:  # a fork has this object but not the process
             return
-        atexit.unregister(self.finish)
+        atexit.unregister(self._finish_at_exit)
         if self._running is not None:
             # Started anew without a limit: a deletion may be cut anywhere, and goes on where it was.
-            self._running[0].kill()
+            self._running.process.kill()
             self._wait(timeout, cut=True)
         if self._running is None and self._waiting:
             self._start(0.0)
             self._wait(timeout)
-        left = [path for path in [*self._waiting, *(self._running or (None, []))[1]] if os.path.lexists(path)]
+        unfinished = [] if self._running is None else self._running.paths
+        left = [path for path in [*self._waiting, *unfinished] if os.path.lexists(path)]
         if left:
             logger.warning(
                 "left for the next run that saves there to delete, after %.0f s at most: %s", timeout, _listed(left)
@@ -83,25 +97,30 @@ class Trash:
     def _start(self, files_per_second: float) -> None:
         command = [sys.executable, "-I", "-S", str(_PROGRAM), str(os.getpid()), str(files_per_second)]
         try:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            # A file, because a pipe that nobody reads yet would stop the process when it is full.
+            report = tempfile.TemporaryFile()  # noqa: SIM115 (closed when it has been read)
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=report)
         except OSError as error:
             logger.error("could not start the process that deletes old checkpoints, trying again later: %s", error)
             return
-        atexit.register(self.finish)
-        self._running = process, self._waiting
+        atexit.register(self._finish_at_exit)
+        self._running = _Deletion(process, self._waiting, report)
         self._waiting = []
-        paths = b"".join(os.fsencode(path.absolute()) + b"\0" for path in self._running[1])
+        paths = b"".join(os.fsencode(path.absolute()) + b"\0" for path in self._running.paths)
         with contextlib.suppress(BrokenPipeError), process.stdin as stream:  # type: ignore[union-attr]
             stream.write(paths)
+
+    def _finish_at_exit(self) -> None:
+        self.finish(EXIT_SECONDS)
 
     def _wait(self, timeout: float, cut: bool = False) -> None:
         """Wait for the running process, and end it if it takes too long."""
         if self._running is None:
             return
         try:
-            self._running[0].wait(timeout)
+            self._running.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            self._running[0].kill()
+            self._running.process.kill()
         else:
             self._collect(cut)
 
@@ -109,10 +128,11 @@ class Trash:
         """Take in what the ended process has reported, and what it has not come to."""
         if self._running is None:
             return
-        process, paths = self._running
+        process, paths, report = self._running
         self._running = None
-        with process.stdout as stream:  # type: ignore[union-attr]
-            failed = _log_errors(stream.read())
+        with report:
+            report.seek(0)
+            failed = _log_errors(report.read())
         if process.returncode == 0:
             return
         left = [path for path in paths if str(path.absolute()) not in failed and os.path.lexists(path)]

@@ -28,4 +28,8 @@ class NonPersistentTier(Protocol):
         """
 
     def forget_newer(self, iteration: int, ranks: Ranks) -> None:
-        """Delete what is of a later iteration than `iteration`: a run that saves there has left it behind."""
+        """Delete what is of a later iteration than `iteration`: a run that goes on from there leaves it behind.
+
+        Raises:
+            CheckpointError: some of it cannot be deleted. Every rank raises.
+        """

@@ -11,7 +11,8 @@ from bridge.training.callbacks import CheckpointKind
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.commit import move_trackers
 from bridge.training.checkpointing.errors import CheckpointError
-from bridge.training.checkpointing.files import delete_trash, sync_directory
+from bridge.training.checkpointing.files import make_directory, move_to_trash, sync_directory
+from bridge.training.checkpointing.integrity import Level
 from bridge.training.checkpointing.layout import (
     LEGACY_TRACKER,
     NON_PERSISTENT_DIRECTORY,
@@ -19,12 +20,14 @@ from bridge.training.checkpointing.layout import (
     TRAIN_STATE,
     iteration_name,
     list_checkpoints,
-    new_trash_name,
     parse_iteration_name,
 )
 from bridge.training.checkpointing.resolve import Offer, Source
+from bridge.training.checkpointing.retention.sweeper import committed_entries
+from bridge.training.checkpointing.retention.trash import Trash
 from bridge.training.checkpointing.source import find_source, require_whole
 from bridge.training.checkpointing.stored import DirectoryCheckpoint, StoredCheckpoint
+from bridge.training.checkpointing.tiers import session as sessions
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,33 @@ class GlobalTier:
     """The directory of one run's global non-persistent checkpoints."""
 
     directory: Path
+    session: str
+    """Of the run."""
+    trash: Trash
+    """Deletes what the run has left behind."""
+    is_apart: bool = True
+    """Whether it lies outside the save directory, so that another run may name it too."""
     kind: CheckpointKind = "non_persistent_global"
+    integrity: Level = "sizes"
+    """How much of a checkpoint is checked before it is loaded."""
+
+    @classmethod
+    def of(cls, checkpoint_config: Any, session: str, trash: Trash) -> GlobalTier:
+        """The tier of a configuration that has `save`."""
+        directory, save_dir = directory_of(checkpoint_config), Path(checkpoint_config.save).expanduser()
+        is_apart = save_dir.resolve() not in directory.resolve().parents
+        return cls(directory, session, trash, is_apart, integrity=checkpoint_config.integrity)
+
+    def take_over(self) -> None:
+        """Make the directory, and make it this run's alone. For rank 0; there is nothing to do where that is done.
+
+        Raises:
+            DirectoryInUseError: it is another run's.
+            OSError: it cannot be made or written.
+        """
+        make_directory(self.directory)
+        if self.is_apart:
+            sessions.take_over(self.directory, self.session, SETTING)
 
     def offers(self, ranks: Ranks) -> list[Offer]:
         """The checkpoint that its tracker names, and whole older ones."""
@@ -44,7 +73,7 @@ class GlobalTier:
 
     def open(self, source: Source, ranks: Ranks) -> StoredCheckpoint:
         """Nothing needs to be read yet."""
-        return DirectoryCheckpoint(source)
+        return DirectoryCheckpoint(source, self.integrity)
 
     def forget_newer(self, iteration: int, ranks: Ranks) -> None:
         """Move the tracker back first, so that at every instant it names a whole checkpoint or is absent."""
@@ -67,22 +96,20 @@ class GlobalTier:
 
     def _forget_newer(self, iteration: int) -> None:
         listing = list_checkpoints(self.directory)
-        stale = [found for found in listing.iterations if found > iteration]
+        stale = [entry.iteration for entry in committed_entries(listing) if entry.iteration > iteration]
         if not stale:
             return
         logger.warning(
-            "removing the non-persistent checkpoints %s in %s: this run saves iteration %d and so has left them behind",
+            "removing the non-persistent checkpoints %s in %s: this run has gone on from iteration %d and so has left "
+            "them behind",
             ", ".join(map(str, stale)),
             self.directory,
             iteration,
         )
         self._move_trackers_back([found for found in listing.iterations if found <= iteration])
-        for found in stale:
-            path = self.directory / iteration_name(found)
-            trash = path.with_name(new_trash_name(path.name))
-            path.rename(trash)
-            sync_directory(self.directory)
-            delete_trash(trash)
+        moved = [move_to_trash(self.directory / iteration_name(found)) for found in stale]
+        sync_directory(self.directory)
+        self.trash.delete(moved)
 
     def _move_trackers_back(self, kept: list[int]) -> None:
         for iteration in reversed(kept):

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError, UnsafeCheckpointError
 from bridge.training.checkpointing.files import sync_directory
 from bridge.training.checkpointing.tiers import snapshot
+from bridge.training.checkpointing.tiers.availability import SnapshotId
 from bridge.training.config.checkpoint_rules import replication_world_rules
 from bridge.training.config.errors import ConfigError
 
@@ -40,9 +41,6 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-CONTEXT_KEY = "local_checkpoint_manager"
-"""Key of the checkpointing context: the manager of local checkpoints."""
-
 _MAGIC = b"\x89BRSNAP\n"
 _PREAMBLE = struct.Struct("<8sIQQ")
 """What a file begins with: magic, version, bytes of the header, bytes of the tensors. All little-endian."""
@@ -54,9 +52,6 @@ _ZIP = b"PK\x03\x04"
 _PIECE = 8 << 20  # bytes written, or read, and checksummed while they are in the cache
 _NAME = re.compile(r"iter_(\d{7,})_(\d+)_local\.pt")
 _DIRTY_NAME = re.compile(r"iter_(\d{7,})_(\d+)_local\.dirty\.pt")
-
-SnapshotId = tuple[int, int, Any]
-"""Iteration, rank that it is of, session."""
 
 
 class SafeLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc]

@@ -137,6 +137,7 @@ def plan_rank_local_save(
     layout: Layout,
     announce: Callable[[Committed], None],
     started: float,
+    start: int = 0,
     structure: Structure | None = None,
 ) -> RankLocalSave:
     """Capture what this rank's snapshot holds, copies for other ranks included, and write nothing yet. Collective.
@@ -154,6 +155,7 @@ def plan_rank_local_save(
         layout: of this run.
         announce: called on every rank when the save is complete.
         started: when the save began, by the monotonic clock.
+        start: number of the run's start.
         structure: the earlier save's.
 
     Raises:
@@ -176,6 +178,7 @@ def plan_rank_local_save(
         train_state_metadata=train_state,
         sidecars={sidecar.name: sidecar.data for sidecar in contents.sidecars},
         versions={"bridge": bridge.__version__, "torch": str(torch.__version__), "megatron-core": megatron_version},
+        start=start,
     )
 
     def capture() -> MCoreTensorAwareStateDict:

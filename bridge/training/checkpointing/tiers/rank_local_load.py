@@ -38,8 +38,10 @@ from bridge.training.checkpointing.errors import (
     CheckpointError,
     CheckpointMismatchError,
 )
+from bridge.training.checkpointing.formats import Loaded
 from bridge.training.checkpointing.formats.failures import load_error
-from bridge.training.checkpointing.formats.torch_dist import Loaded
+from bridge.training.checkpointing.formats.read_choice import process_group
+from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import RUN_CONFIG
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.plans.adapters import saved_adapters
@@ -101,6 +103,7 @@ class RankLocalCheckpoint:
             optimizer_form=saved_form(common.get("optimizer")),
             precision=value_at(config, "model", "precision", None),
             adapters=saved_adapters(content, None),
+            start=self.record.start,
         )
 
     def load(
@@ -111,6 +114,7 @@ class RankLocalCheckpoint:
         strictness: str,
         parallelization_group: Any | None,
         validate_access: bool,
+        io_backend: IoBackend = "direct",
     ) -> Loaded:
         """Give the parts that `template` asks for; its tensors receive the values. Collective.
 
@@ -120,6 +124,7 @@ class RankLocalCheckpoint:
             strictness: one of megatron-core's `StrictHandling` values.
             parallelization_group: used where `group` is None; who holds what was decided by the save.
             validate_access: check that the ranks' requests cover every requested tensor exactly once.
+            io_backend: accepted for the protocol.
 
         Raises:
             CheckpointMismatchError: keys or shapes do not fit.
@@ -139,7 +144,7 @@ class RankLocalCheckpoint:
             )
 
         sharded, missing, unexpected = ranks.run("comparing with the snapshots", lambda: self._typed(fit, strictness))
-        group = self.group if self.group is not None else parallelization_group
+        group = self.group if self.group is not None else process_group(parallelization_group)
         wanted = [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
         tensors = fetch(wanted, tensors_by_shard(self.state.sharded_state_dict), group, ranks)
         place = f"the {NAMES[self.source.kind]}"

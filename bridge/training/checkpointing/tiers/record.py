@@ -35,6 +35,8 @@ class SnapshotRecord:
     """The files that this rank would have written beside a payload in a directory, by name."""
     versions: dict[str, str]
     """As in a manifest."""
+    start: int = 0
+    """Likewise."""
     format_version: int = FORMAT_VERSION
 
     def embedded_in(self, common: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bridge.training.checkpointing.errors import DirectoryInUseError
 from bridge.training.checkpointing.files import replace_file
+from bridge.training.checkpointing.layout import list_checkpoints
 
 SESSION = ".bridge-session"
 """In a save directory: the token that its session is made of. In another directory: the session that owns it."""
@@ -36,7 +37,8 @@ def take_over(directory: Path, session: str, setting: str) -> None:
     """Make a directory outside the save directory belong to `session`.
 
     Raises:
-        DirectoryInUseError: it belongs to another session, whose checkpoints would be taken for this run's.
+        DirectoryInUseError: it belongs to another session, or to nobody who says so and holds checkpoints. They would
+            be taken for this run's, and deleted as it makes its own.
     """
     file = directory / SESSION
     owner = file.read_bytes().decode(errors="replace") if file.exists() else ""
@@ -46,5 +48,11 @@ def take_over(directory: Path, session: str, setting: str) -> None:
         raise DirectoryInUseError(
             f"{setting}: {directory} holds checkpoints of another run, whose checkpoint.save is or was another "
             f"directory; name a directory of this run's own, or delete it if that run is over"
+        )
+    found = list_checkpoints(directory)
+    if found.iterations or found.has_release or found.has_tracker or found.has_legacy_tracker or found.leftovers:
+        raise DirectoryInUseError(
+            f"{setting}: {directory} holds checkpoints that are not this run's non-persistent ones; name an empty or "
+            "new directory"
         )
     replace_file(file, session.encode())

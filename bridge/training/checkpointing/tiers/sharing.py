@@ -110,7 +110,9 @@ def fetch(
     own = ({i: (t.dtype, tuple(t.shape)) for i, t in held.items()}, {i for i in ids if i not in held})
     ranks.run("comparing what each rank holds", lambda: dist.all_gather_object(offered, own, group=group))
     transfers, received = ranks.run("preparing to exchange shards", lambda: _prepare(offered, dist.get_rank(group)))
-    ranks.run("exchanging shards", lambda: _exchange(transfers, {**held, **received}, group))
+    tensors = {**held, **received}
+    staging = ranks.run("making room to exchange shards", lambda: _staging(transfers, tensors, group))
+    ranks.run("exchanging shards", lambda: _exchange(transfers, tensors, staging, group))
     return {i: held[i] if i in held else received[i] for i in ids}
 
 
@@ -153,17 +155,32 @@ def _require(needed: dict[ShardId, set[int]], holds: list[set[ShardId]]) -> None
         )
 
 
-def _exchange(transfers: list[_Transfer], tensors: dict[ShardId, torch.Tensor], group: Any) -> None:
+def _staging(transfers: list[_Transfer], tensors: dict[ShardId, torch.Tensor], group: Any) -> torch.Tensor | None:
+    """Memory where the group can exchange one tensor at a time; None if it can where they are, on the CPU.
+
+    Made before the exchange: whoever has no room in the middle of it would keep the others waiting.
+    """
+    if dist.get_backend(group) != "nccl":
+        return None
+    largest = max((tensors[t.shard].nbytes for t in transfers if t.shard in tensors), default=0)
+    return torch.empty(largest, dtype=torch.uint8, device=accelerator.device())
+
+
+def _exchange(
+    transfers: list[_Transfer], tensors: dict[ShardId, torch.Tensor], staging: torch.Tensor | None, group: Any
+) -> None:
     """Carry out the transfers. All ranks go through them in the same order, so none waits for a later one."""
     me, everybody = dist.get_rank(group), set(range(dist.get_world_size(group)))
-    device = accelerator.device() if dist.get_backend(group) == "nccl" else torch.device("cpu")
     for transfer in transfers:
         if me != transfer.holder and me not in transfer.receivers:
             continue
         holder = dist.get_global_rank(group, transfer.holder)
         tensor = tensors[transfer.shard]
-        # As bytes: backends do not know every type. One tensor at a time, to need little memory on the device.
-        staged = tensor.to(device).contiguous().reshape(-1).view(torch.uint8)
+        # As bytes: backends do not know every type.
+        own = tensor.contiguous().reshape(-1).view(torch.uint8)
+        staged = own if staging is None else staging[: own.numel()]
+        if staging is not None and me == transfer.holder:
+            staged.copy_(own)
         if {transfer.holder, *transfer.receivers} == everybody:
             dist.broadcast(staged, src=holder, group=group)
         elif me == transfer.holder:
@@ -171,8 +188,8 @@ def _exchange(transfers: list[_Transfer], tensors: dict[ShardId, torch.Tensor], 
                 dist.send(staged, dst=dist.get_global_rank(group, receiver), group=group)
         else:
             dist.recv(staged, src=holder, group=group)
-        if me in transfer.receivers:
-            tensor.copy_(staged.view(tensor.dtype).view(tensor.shape))
+        if staging is not None and me in transfer.receivers:
+            own.copy_(staged)
 
 
 def _fingerprint(sharded: Any, algo: str) -> str:

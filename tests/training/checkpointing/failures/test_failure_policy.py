@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from bridge.training.checkpointing.errors import is_storage_failure, storage_err
 from bridge.training.checkpointing.failures.history import SaveFailures
 from bridge.training.checkpointing.failures.policy import FailurePolicy, may_pass
 from bridge.training.checkpointing.failures.retrying import with_retries
+from bridge.training.checkpointing.transaction import Save
 from bridge.training.config import ConfigContainer
 from bridge.training.setup import Run, setup
 from bridge.training.train import train
@@ -365,8 +367,13 @@ def lose_writers(cfg: ConfigContainer) -> dict[str, Any]:
     """Rank 1's background writer is killed in two saves."""
     run = setup(cfg)
 
+    write = Save.write
+
     def save_and_kill(step: int) -> str:
+        if dist.get_rank() == 1:
+            Save.write = lambda self: time.sleep(60) or write(self)  # type: ignore[method-assign,assignment]
         save(run, step)
+        Save.write = write  # type: ignore[method-assign]
         if dist.get_rank() == 1:
             os.kill(run.state.async_calls_queue._pending[0].call.pid, signal.SIGKILL)  # type: ignore[union-attr]
         return outcome_of(lambda: finish(run))
@@ -435,3 +442,11 @@ def test_mistakes_are_raised_and_non_persistent_saves_are_counted_by_themselves(
 def test_settings_that_are_read_are_those_of_the_configuration() -> None:
     cfg = SimpleNamespace(on_save_failure="warn", max_save_failures=7, save_retries=2, save_retry_seconds=0.5)
     assert FailurePolicy.of(cfg) == FailurePolicy("warn", 7, 2, 0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "retry", "wait"), [(5.0, 4, 40.0), (5.0, 5, 60.0), (5.0, 2000, 60.0), (90.0, 3, 90.0)]
+)
+def test_the_wait_does_not_grow_for_ever(seconds: float, retry: int, wait: float) -> None:
+    policy = FailurePolicy(retries=5000, retry_seconds=seconds)
+    assert policy.wait_before(retry, OSError(errno.EIO, "Input/output error")) == wait

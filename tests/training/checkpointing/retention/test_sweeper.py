@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bridge.training.checkpointing import (
     CheckpointDamagedError,
@@ -28,7 +29,7 @@ from bridge.training.checkpointing.retention.policies import (
 )
 from bridge.training.checkpointing.retention.sweeper import committed_entries, needed_again, sweep, sweep_after_save
 from bridge.training.checkpointing.retention.trash import Trash, trash_of
-from bridge.training.checkpointing.transaction import merged_metrics
+from bridge.training.checkpointing.transaction import merged_metrics, numbers_among
 from bridge.training.config import CheckpointConfig
 from bridge.training.state import TrainState
 from tests.distributed.launch import run_ranks
@@ -199,7 +200,8 @@ def test_entries_say_when_and_what_was_measured_and_old_manifests_have_their_fil
     save(tmp_path, 10, created=123.5, loss=2.0, grad_norm=0.5)
     path = save(tmp_path, 20)
     old = json.loads((path / MANIFEST).read_text())
-    del old["created"], old["metrics"]
+    del old["created"], old["metrics"], old["own_checksum"]
+    old["format_version"] = 1
     (path / MANIFEST).write_text(json.dumps(old))
     os.utime(path / MANIFEST, (1000, 2000))
     assert committed_entries(list_checkpoints(tmp_path)) == [
@@ -218,8 +220,13 @@ def test_a_manifest_with_another_kind_of_value_is_damaged(tmp_path: Path, change
 
 
 def test_metrics_of_all_ranks_become_one_set() -> None:
-    by_rank = [{}, {"loss": 2.0, "grad_norm": float("inf")}, {"loss": 3.0, "grad_norm": 1}]
-    assert merged_metrics(by_rank) == {"loss": 2.0, "grad_norm": 1.0}
+    by_rank: list[dict[str, Any]] = [{}, {"loss": 2.0, "grad_norm": float("inf")}, {"loss": 3.0, "grad_norm": 1}]
+    assert merged_metrics([numbers_among(metrics) for metrics in by_rank]) == {"loss": 2.0, "grad_norm": 1.0}
+
+
+def test_a_metric_that_is_no_number_is_left_out() -> None:
+    metrics = {"loss": torch.tensor(2.0), "name": "best", "none": None, "many": torch.zeros(2), "huge": 10**400}
+    assert numbers_among(metrics) == {"loss": 2.0}
 
 
 def test_policies_judge_by_what_the_manifests_say(tmp_path: Path) -> None:
@@ -361,3 +368,12 @@ def test_none_to_keep_is_refused_and_an_unreadable_tracker_deletes_nothing(tmp_p
 
 def test_an_absent_directory_needs_no_cleaning(tmp_path: Path) -> None:
     cleanup_old_non_persistent_checkpoint(str(tmp_path / "absent"))
+
+
+def test_what_a_link_in_the_directory_leads_to_stays(tmp_path: Path) -> None:
+    save_dir = saved(tmp_path / "save", 100, 200, 300, 400)
+    (save_dir / "best").symlink_to("iter_0000100")
+    (save_dir / "elsewhere").symlink_to(tmp_path)
+    (save_dir / "nowhere").symlink_to("iter_0000900")
+    sweep(save_dir, NEWEST, saved=400)
+    assert iterations(save_dir) == {100, 400}

@@ -226,3 +226,16 @@ def test_it_ends_with_a_process_that_is_killed_and_the_rest_is_found_again(tmp_p
 def test_a_context_has_one() -> None:
     context: dict[str, object] = {}
     assert trash_of(context) is trash_of(context)
+
+
+def test_more_errors_than_a_pipe_holds_do_not_stop_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    refused = [tmp_path / f"not-trash-{number}-{'x' * 200}" for number in range(400)]
+    for path in refused:
+        path.touch()
+    good = tmp_path / f"{TRASH_PREFIX}good"
+    good.mkdir()
+    trash = Trash()
+    trash.delete([*refused, good])
+    trash.finish(timeout=30.0)
+    assert not good.exists()
+    assert caplog.text.count("could not delete") == len(refused)

@@ -13,6 +13,7 @@ from bridge.training.callbacks import CallbackContext, CallbackManager
 from bridge.training.checkpointing import CheckpointNotFoundError, DirectoryInUseError
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.layout import list_checkpoints
+from bridge.training.checkpointing.retention.trash import Trash
 from bridge.training.checkpointing.tiers.global_directory import GlobalTier
 from bridge.training.setup import setup
 from bridge.training.train import train
@@ -88,9 +89,10 @@ def test_files_after_persistent_and_non_persistent_saves(tmp_path: Path) -> None
         *(("iter_0000003", 3, "non_persistent_global"), ("iter_0000004", 4, "persistent")),
         *(("iter_0000005", 5, "non_persistent_global"), ("iter_0000006", 6, "persistent")),
     ]
-    trackers = {"latest_train_state.pt", "latest_checkpointed_iteration.txt", ".bridge-writer", ".bridge-session"}
-    assert names(save) == {"iter_0000004", "iter_0000006", "non_persistent", *trackers}
-    assert names(save / "non_persistent") == {"iter_0000005", *trackers}
+    both = {"latest_train_state.pt", "latest_checkpointed_iteration.txt", ".bridge-writer"}
+    own = {".bridge-session", ".bridge-starts"}
+    assert names(save) == {"iter_0000004", "iter_0000006", "non_persistent", *own, *both}
+    assert names(save / "non_persistent") == {"iter_0000005", *both}
 
 
 def test_what_a_rollback_left_behind_never_wins(tmp_path: Path) -> None:
@@ -155,6 +157,48 @@ def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     assert "holds checkpoints of another run" in message
 
 
+def test_the_persistent_checkpoints_of_another_run_are_not_taken_for_ones_own(tmp_path: Path) -> None:
+    other = config(tmp_path / "a", non_persistent_ckpt_type=None, non_persistent_save_interval=None)
+    run_ranks(lambda: run_to_end(other), 1)
+    before = names(tmp_path / "a")
+
+    (message,) = run_ranks(lambda: refusal(tmp_path / "b", tmp_path / "a"), 1)
+    assert message == (
+        f"checkpoint.non_persistent_global_ckpt_dir: {tmp_path / 'a'} holds checkpoints that are not this run's "
+        "non-persistent ones; name an empty or new directory"
+    )
+    assert names(tmp_path / "a") == before
+
+
+def test_a_save_directory_may_be_moved_with_what_is_in_it(tmp_path: Path) -> None:
+    run_ranks(lambda: run_and_lose(config(tmp_path / "old", train_iters=9), after=6), 1)
+    (tmp_path / "old").rename(tmp_path / "new")
+    (result,) = run_ranks(lambda: run_to_end(config(tmp_path / "new", train_iters=7)), 1)
+    assert result["loaded from"] == str(tmp_path / "new" / "non_persistent" / "iter_0000006")
+
+
+def purge(cfg: Any, directory: Path) -> list[int]:
+    """The iterations that are there when the directory has been deleted after iteration 2."""
+    callbacks = CallbackManager()
+
+    def delete(context: CallbackContext) -> None:
+        if context.state.train_state.step == 2:
+            shutil.rmtree(directory)
+
+    callbacks.register("on_train_step_end", delete)
+    train(setup(cfg, callbacks))
+    return [*list_checkpoints(directory).iterations]
+
+
+@pytest.mark.parametrize("purged", ["run", "apart"])
+def test_a_directory_that_is_purged_while_the_run_goes_on_is_made_again(tmp_path: Path, purged: str) -> None:
+    apart = None if purged == "run" else str(tmp_path / "apart")
+    cfg = config(tmp_path / "run", train_iters=6, non_persistent_global_ckpt_dir=apart)
+    assert run_ranks(lambda: purge(cfg, tmp_path / purged), 1) == [[4, 6] if purged == "run" else [5]]
+    (result,) = run_ranks(lambda: run_to_end(cfg), 1)
+    assert result["loaded from"] == str(tmp_path / "run" / "iter_0000006")
+
+
 def test_its_checkpoints_do_not_count_for_a_run_that_loads_from_elsewhere(tmp_path: Path) -> None:
     run_ranks(lambda: run_to_end(config(tmp_path / "old", train_iters=4)), 1)
     fork = config(tmp_path / "new", train_iters=7, load=str(tmp_path / "old"), save_interval=None)
@@ -167,9 +211,13 @@ def test_forgetting_moves_the_tracker_back_to_a_whole_checkpoint(tmp_path: Path)
     save = tmp_path / "run"
     cfg = config(save, train_iters=6, save_interval=1, non_persistent_ckpt_type=None, non_persistent_save_interval=None)
     run_ranks(lambda: run_to_end(cfg), 1)
-    tier = GlobalTier(save)
+    tier = GlobalTier(save, "", Trash())
     (save / "iter_0000004" / "common.pt").unlink()
+    (save / "iter_0000009").mkdir()
+    (save / "iter_0000008").symlink_to("iter_0000002")
     tier.forget_newer(4, Ranks.current())
+    (save / "iter_0000009").rmdir()
+    (save / "iter_0000008").unlink()
     assert list_checkpoints(save).iterations == (1, 2, 3, 4)
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "3"
     assert [offer.iteration for offer in tier.offers(Ranks.current())] == [3, 2, 1]

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bridge.training import train as loop
 from bridge.training.callbacks import CallbackContext, CallbackManager
 from bridge.training.checkpointing import CheckpointSaveContext
+from bridge.training.checkpointing.errors import KeeperLostError
+from bridge.training.rerun import StepFailed
 from bridge.training.setup import Run, setup
 from bridge.training.train import train
 from tests.distributed.launch import run_ranks
@@ -147,6 +151,64 @@ def test_what_a_rollback_left_behind_never_wins(tmp_path: Path, kind: str) -> No
     back = run_ranks(lambda: run_and_lose(config(tmp_path, kind, ckpt_step=4), after=5), 2)
     resumed = run_ranks(lambda: resume(config(tmp_path, kind)), 2)
     assert resumed == [(kind, 5, seen[5]) for seen in back]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_run_without_the_tier_left_behind_never_wins(tmp_path: Path, kind: str) -> None:
+    """W22: iteration 7 is out of reach when the run goes back to 4 and makes 5 persistent, and comes back later."""
+    run_ranks(lambda: run_and_lose(config(tmp_path, kind, train_iters=9, save_interval=4), after=7), 2)
+    without = {"non_persistent_ckpt_type": None, "non_persistent_save_interval": None, "save_interval": 1}
+    back = run_ranks(lambda: run_and_lose(config(tmp_path, kind, ckpt_step=4, **without), after=5), 2)
+    resumed = run_ranks(lambda: resume(config(tmp_path, kind)), 2)
+    assert resumed == [("persistent", 5, seen[5]) for seen in back]
+    asked_for = run_ranks(lambda: resume(config(tmp_path, kind, ckpt_step=7)), 2)
+    assert [(kind, step) for kind, step, _ in asked_for] == [(kind, 7)] * 2
+
+
+def test_what_another_node_brings_back_never_wins(tmp_path: Path) -> None:
+    """W22: the run goes back on another node, where iteration 7 is not, and returns to the first."""
+    run_ranks(lambda: run_and_lose(config(tmp_path, "local", train_iters=9), after=7), 2)
+    for node in (0, 1):
+        (tmp_path / f"node{node}").rename(tmp_path / f"away{node}")
+    back = run_ranks(lambda: run_and_lose(config(tmp_path, "local", save_interval=5), after=5), 2)
+    for node in (0, 1):
+        shutil.rmtree(tmp_path / f"node{node}", ignore_errors=True)
+        (tmp_path / f"away{node}").rename(tmp_path / f"node{node}")
+    resumed = run_ranks(lambda: resume(config(tmp_path, "local")), 2)
+    assert resumed == [("persistent", 5, seen[5]) for seen in back]
+
+
+def test_trouble_with_memory_does_not_stop_a_persistent_save(tmp_path: Path) -> None:
+    """What the run has left behind cannot be deleted in rank 1's keeper, which is gone by then."""
+
+    def case() -> list[str]:
+        run = setup(config(tmp_path, "in_memory", ckpt_step=4, train_iters=5, non_persistent_save_interval=None))
+        if torch.distributed.get_rank() == 1:
+            manager = run.manager.checkpointing_context["local_checkpoint_manager"]  # type: ignore[attr-defined]
+            manager.forget_newer = lambda iteration: (_ for _ in ()).throw(KeeperLostError("it does not answer"))
+        train(run)
+        return sorted(path.name for path in (tmp_path / "run").glob("iter_*"))
+
+    run_ranks(lambda: run_and_lose(config(tmp_path, "in_memory", train_iters=9), after=7), 2)
+    assert run_ranks(case, 2) == [["iter_0000004", "iter_0000005"]] * 2
+
+
+def test_memory_that_no_persistent_checkpoint_has_stays_when_a_run_ends_without_saving(tmp_path: Path) -> None:
+    """The run ends by itself after iteration 3, because the next step cannot be trusted."""
+
+    def fail(*arguments: Any) -> StepFailed | None:
+        run = arguments[0]
+        return StepFailed(save=False, exit_code=17) if run.state.train_state.step == 3 else iterate(*arguments)
+
+    iterate = loop._iterate
+
+    def case() -> int:
+        loop._iterate = fail  # type: ignore[assignment]
+        return train(setup(config(tmp_path, "in_memory"))).exit_code
+
+    assert run_ranks(case, 2) == [17, 17]
+    resumed = run_ranks(lambda: resume(config(tmp_path, "in_memory")), 2)
+    assert [(kind, step) for kind, step, _ in resumed] == [("in_memory", 3)] * 2
 
 
 def test_another_run_that_shares_the_directory_sees_nothing(tmp_path: Path) -> None:

@@ -38,22 +38,32 @@ def cgroup_bytes_left(membership: Path = Path("/proc/self/cgroup"), root: Path =
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            base, limit, usage = root, "memory.max", "memory.current"
+            base, limit, usage, caches = root, "memory.max", "memory.current", r"(?:in)?active_file"
         elif "memory" in controllers.split(","):
             base, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            caches = r"total_(?:in)?active_file"
         else:
             continue
         group = base / path.lstrip("/")
         # Every group above counts too. Inside a container the path may be the host's: then only the root is there.
         for directory in (group, *group.parents):
             if directory == base or base in directory.parents:
-                left += _left(directory, limit, usage)
+                left += _left(directory, limit, usage, caches)
     return min(left, default=None)
 
 
-def _left(directory: Path, limit: str, usage: str) -> list[int]:
+def _left(directory: Path, limit: str, usage: str, caches: str) -> list[int]:
     try:
         allowed, used = (directory / limit).read_text().strip(), (directory / usage).read_text().strip()
     except OSError:
         return []
-    return [int(allowed) - int(used)] if allowed != "max" else []
+    return [int(allowed) - int(used) + _cached(directory, caches)] if allowed != "max" else []
+
+
+def _cached(directory: Path, names: str) -> int:
+    """What is used for files' contents, which the kernel gives up for anything else."""
+    try:
+        text = (directory / "memory.stat").read_text()
+    except OSError:
+        return 0
+    return sum(int(size) for size in re.findall(rf"^{names} (\d+)$", text, re.MULTILINE))

@@ -16,6 +16,7 @@ import torch
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError
 from bridge.training.checkpointing.layout import iteration_name
 from bridge.training.checkpointing.tiers import snapshot
+from bridge.training.checkpointing.tiers.availability import SnapshotId
 from bridge.training.checkpointing.tiers.memory.keeper import Keeper, KeeperSettings
 from bridge.training.checkpointing.tiers.memory.keeper_channel import GIB
 from bridge.training.checkpointing.tiers.memory.keeper_readers import OpenSnapshot
@@ -33,9 +34,6 @@ logger = logging.getLogger(__name__)
 
 PLACE = "in-memory"
 """What the names of in-memory checkpoints begin with."""
-
-SnapshotId = tuple[int, int, Any]
-"""Iteration, rank that it is of, session."""
 
 
 class InMemoryCheckpointManager(BaseCheckpointManager):  # type: ignore[misc]
@@ -94,10 +92,6 @@ class InMemoryCheckpointManager(BaseCheckpointManager):  # type: ignore[misc]
         """
         self.latest_iteration = -1
         self.keeper.drop(above=iteration)
-
-    def forget_all(self) -> None:
-        """Forget whatever this rank keeps, and free the memory; the keeper stays. Local; raises as `forget_newer`."""
-        self.forget_newer(-1)
 
     def release(self) -> None:
         """End this rank's keeper and free its memory: for the clean end of a run. Local."""

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+import time
 from typing import Any
 
 from bridge.training.checkpointing.errors import (
@@ -106,14 +107,26 @@ class Channel:
         return self._connection.fileno() >= 0
 
     def wait_for_end(self) -> None:
-        """Wait until the keeper's process has closed its end."""
+        """Wait until the keeper has closed its end, and given up its name for another one to take."""
         with contextlib.suppress(OSError):
             self._connection.recv(1)
+            place, deadline = self._connection.getpeername(), time.monotonic() + TIMEOUT_SECONDS
+            while _is_taken(place) and time.monotonic() < deadline:
+                time.sleep(0.005)
         self.close()
 
     def close(self) -> None:
         """Close this process's end."""
         self._connection.close()
+
+
+def _is_taken(place: Any) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        try:
+            connection.connect(place)
+        except ConnectionRefusedError:
+            return False
+    return True
 
 
 def has_died(error: KeeperLostError) -> bool:

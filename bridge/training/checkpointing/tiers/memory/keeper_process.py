@@ -129,6 +129,7 @@ class Shelf:
     def abort(self, buffer: Buffer) -> None:
         """Its writer has given up and does not touch it any more."""
         self._free(buffer)
+        self._trim()
 
     def forget(self, connection: Connection) -> None:
         """A connection is gone. What it was writing is not used again: its process may not be dead yet."""
