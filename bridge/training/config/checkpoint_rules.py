@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 _DOTTED_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
+LONGEST_RETRY_WAIT = 60.0
+"""Seconds. Other ranks wait meanwhile, and take a rank for lost that does not come back for long."""
+
+
 def checkpoint_rules(checkpoint: CheckpointConfig) -> Iterator[Violation]:
     """All rules of the section."""
     yield from _format_rules(checkpoint)
@@ -91,12 +95,24 @@ def _is_registered(backend: str) -> bool:
     return registry is not None and any(name == backend for name, _ in registry.default_strategies["save_sharded"])
 
 
+def retry_wait(seconds: float, retry: int) -> float:
+    """Seconds before a failed step is tried again.
+
+    Args:
+        seconds: before the first further try; doubled with each, up to `LONGEST_RETRY_WAIT` or this.
+        retry: number of the further try, from 1.
+    """
+    # The power is bounded too: a float has no room for that of the thousandth try.
+    return float(min(max(LONGEST_RETRY_WAIT, seconds), seconds * 2 ** min(retry - 1, 32)))
+
+
 def _waiting_rules(checkpoint: CheckpointConfig) -> Iterator[Violation]:
     for field in ("wait_timeout_minutes", "writer_stall_seconds"):
         value = getattr(checkpoint, field)
         if value <= 0:
             yield Violation(f"checkpoint.{field}", value, "is too small", "set it to a number above 0")
-    longest = checkpoint.save_retry_seconds * 2 ** max(checkpoint.save_retries - 1, 0) if checkpoint.save_retries else 0
+    retries = checkpoint.save_retries
+    longest = retry_wait(checkpoint.save_retry_seconds, retries) if retries > 0 else 0
     if 0 < checkpoint.writer_stall_seconds <= longest:
         yield Violation(
             "checkpoint.writer_stall_seconds",

@@ -14,6 +14,7 @@ from bridge.training.checkpointing.errors import (
     is_storage_failure,
     storage_error,
 )
+from bridge.training.config.checkpoint_rules import retry_wait
 
 if TYPE_CHECKING:
     from bridge.training.config import CheckpointConfig
@@ -28,9 +29,6 @@ LASTING = frozenset(
 """Errors that are the same at the next try. All others may pass: a full disk too, where old checkpoints are being
 deleted, or another user of it cleans up."""
 
-LONGEST_WAIT = 60.0
-"""Seconds. Other ranks wait meanwhile, and take a rank for lost that does not come back for long."""
-
 _FATAL = (RankLostError, DirectoryInUseError)
 
 
@@ -44,7 +42,7 @@ class FailurePolicy:
     retries: int = 0
     """Further tries of a step that failed in storage."""
     retry_seconds: float = 0.0
-    """Before the first of them; doubled each time, up to `LONGEST_WAIT` or this, whichever is longer."""
+    """Before the first of them; see `retry_wait`."""
 
     @classmethod
     def of(cls, checkpoint_config: CheckpointConfig) -> FailurePolicy:
@@ -71,9 +69,7 @@ class FailurePolicy:
         cause = storage_error(error)
         if retry > self.retries or cause is None or cause.errno in LASTING:
             return None
-        longest = max(LONGEST_WAIT, self.retry_seconds)
-        # The power is bounded too: a float has no room for that of the thousandth try.
-        return min(longest, float(self.retry_seconds * 2 ** min(retry - 1, 32)))
+        return retry_wait(self.retry_seconds, retry)
 
 
 def may_pass(error: CheckpointError) -> bool:
