@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class CheckpointError(RuntimeError):
     """Base of everything that the checkpoint layer raises for a checkpoint's sake."""
@@ -90,3 +92,16 @@ def is_storage_failure(error: BaseException) -> bool:
     """Whether storage failed, as opposed to a mistake in a program. The same on all ranks that agreed on `error`."""
     agreed = error.in_storage if isinstance(error, CheckpointError) else None
     return storage_error(error) is not None if agreed is None else agreed
+
+
+_OF_THE_PROCESS = frozenset(
+    {
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.EACCES, errno.EPERM),
+        *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    }
+)
+
+
+def tells_of_damage(error: OSError) -> bool:
+    """Whether an error of reading a file can be the file's fault, and not only the process's or the connection's."""
+    return error.errno not in _OF_THE_PROCESS

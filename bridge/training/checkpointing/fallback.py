@@ -47,6 +47,8 @@ class Candidates:
     save_dir: Path | None = None
     """Where this run saves: only there are damaged checkpoints marked."""
     failed: list[CheckpointError] = field(default_factory=list)
+    _damaged: list[tuple[Source, CheckpointError]] = field(default_factory=list)
+    """The persistent ones among them: marked when another one was loaded, so that trouble that hits all marks none."""
     _went_back: bool = False
 
     def pass_over(self, source: Source, error: CheckpointError, ranks: Ranks) -> None:
@@ -57,17 +59,12 @@ class Candidates:
         """
         if not self._may_pass_over(source, error):
             raise error
-        if source.kind == "persistent" and ranks.first("looking for it again", lambda: not source.path.exists()):
-            raise CheckpointNotFoundError(
-                f"{source.path} was removed while it was being loaded, as by the retention of a run that saves there: "
-                "start again, or have that run keep it (docs/retention.md)"
-            ) from error
         self.failed.append(error)
         if not self.waiting and source.kind == "persistent" and not self._went_back:
             self._went_back = True
             self.waiting = ranks.first("looking for an older checkpoint", lambda: self._older(source))
         if source.kind == "persistent":
-            ranks.first("marking a damaged checkpoint", lambda: self._mark(source, error))
+            self._damaged.append((source, error))
         if not self.waiting:
             raise self._hopeless(error)
         if ranks.is_first:
@@ -75,8 +72,15 @@ class Candidates:
 
     def accept(self, source: Source, ranks: Ranks) -> None:
         """Take note that a checkpoint was loaded. Collective."""
-        if source.kind == "persistent" and self._is_own(source):
-            ranks.first("removing a mark of damage", lambda: self._unmark(source))
+        ranks.first("marking damaged checkpoints", lambda: self._note(source))
+
+    def _note(self, loaded: Source) -> None:
+        for source, error in self._damaged:
+            if self._is_own(source):
+                marks.mark(source.path, str(error))
+        if loaded.kind == "persistent" and self._is_own(loaded) and marks.is_marked(loaded.path):
+            logger.warning("%s was marked as damaged and is good again", loaded.path)
+            marks.unmark(loaded.path)
 
     def _may_pass_over(self, source: Source, error: CheckpointError) -> bool:
         if source.kind != "persistent" and isinstance(error, CheckpointMismatchError | KeeperLostError):
@@ -96,15 +100,6 @@ class Candidates:
 
     def _is_own(self, source: Source) -> bool:
         return self.save_dir is not None and self.save_dir.resolve() == source.path.parent.resolve()
-
-    def _mark(self, source: Source, error: CheckpointError) -> None:
-        if self._is_own(source):
-            marks.mark(source.path, str(error))
-
-    def _unmark(self, source: Source) -> None:
-        if marks.is_marked(source.path):
-            logger.warning("%s was marked as damaged and is good again", source.path)
-            marks.unmark(source.path)
 
 
 def load_best(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bridge.training.checkpointing import checksums as sums
-from bridge.training.checkpointing.errors import CheckpointDamagedError
+from bridge.training.checkpointing.errors import CheckpointDamagedError, tells_of_damage
 from bridge.training.checkpointing.files import write_file
 from bridge.training.checkpointing.layout import MANIFEST
 from bridge.training.checkpointing.safety.containment import is_plain_name
@@ -188,6 +188,8 @@ def read_manifest(directory: Path) -> Manifest | None:
             raise CheckpointDamagedError(f"{path} is not a readable manifest: it is a link to nothing") from error
         return None
     except (ValueError, OSError, RecursionError) as error:
+        if isinstance(error, OSError) and not tells_of_damage(error):
+            raise
         raise CheckpointDamagedError(f"{path} is not a readable manifest: {error}") from error
 
 
@@ -208,12 +210,12 @@ def find_damage(
 
 def _damage_of(directory: Path, record: FileRecord, checksums: bool, samples: bool) -> str:
     path = directory / record.name
-    if path.is_symlink() or not path.is_file():
-        return f"{record.name} is missing" if not path.exists() else f"{record.name} is not a file"
-    size = path.stat().st_size
-    if size != record.size:
-        return f"{record.name} has {size} bytes instead of {record.size}"
     try:
+        if path.is_symlink() or not path.is_file():
+            return f"{record.name} is missing" if not path.exists() else f"{record.name} is not a file"
+        size = path.stat().st_size
+        if size != record.size:
+            return f"{record.name} has {size} bytes instead of {record.size}"
         if samples and not checksums and record.sample:
             sampled = sums.sample_of(path, record.kind)
             if sampled != record.sample:
@@ -223,6 +225,8 @@ def _damage_of(directory: Path, record: FileRecord, checksums: bool, samples: bo
             if checksum != record.checksum:
                 return f"{record.name} has {record.kind} {checksum} instead of {record.checksum}"
     except OSError as error:
+        if not tells_of_damage(error):
+            raise
         return f"{record.name} cannot be read: {error.strerror or error}"
     return ""
 

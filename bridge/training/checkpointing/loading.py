@@ -7,11 +7,18 @@ never changes the configuration.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.errors import CheckpointMismatchError, CheckpointNotFoundError
+from bridge.training.checkpointing.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+)
 from bridge.training.checkpointing.fallback import Candidates, load_best
 from bridge.training.checkpointing.formats.registry import require_format
 from bridge.training.checkpointing.integrity import Level
@@ -88,16 +95,18 @@ def load_checkpoint(
 
         def describe(source: Source) -> tuple[StoredCheckpoint, Saved]:
             stored = _open(source, tier, cfg.integrity, ranks)
-            saved = stored.describe(ranks)
+            with _noticing_removal(source, ranks):
+                saved = stored.describe(ranks)
             if preparation is not None and source.kind != "persistent" and cfg.ckpt_step is None:
                 _reject_left_behind(source, saved, preparation.starts)
             return stored, saved
 
         def restore_all(stored: StoredCheckpoint, saved: Saved) -> tuple[int, int]:
             model_only, metadata_only = "checkpoint.finetune is set" if cfg.finetune else "", skip_load_to_model_and_opt
-            return restore(
-                stored, saved, live, ranks, strict=strict, model_only=model_only, metadata_only=metadata_only
-            )
+            with _noticing_removal(stored.source, ranks):
+                return restore(
+                    stored, saved, live, ranks, strict=strict, model_only=model_only, metadata_only=metadata_only
+                )
 
         return load_best(candidates, describe, restore_all, ranks)
     # With PEFT, setup has put the pretrained weights into the model before the adapters were added to it.
@@ -210,6 +219,20 @@ def _continued(cfg: Any, tier: NonPersistentTier | None, ranks: Ranks) -> NonPer
         return Path(cfg.load).expanduser().resolve() == Path(cfg.save).expanduser().resolve()
 
     return tier if ranks.first("comparing checkpoint.load with checkpoint.save", is_continued) else None
+
+
+@contextmanager
+def _noticing_removal(source: Source, ranks: Ranks) -> Iterator[None]:
+    """Tell a persistent checkpoint that is deleted while it is being loaded from one that is damaged. Collective."""
+    try:
+        yield
+    except CheckpointDamagedError as error:
+        if source.kind == "persistent" and ranks.first("looking for it again", lambda: not source.path.exists()):
+            raise CheckpointError(
+                f"{source.path} was removed while it was being loaded, as by the retention of a run that saves there: "
+                "start again, or have that run keep it (docs/retention.md)"
+            ) from error
+        raise
 
 
 def _reject_left_behind(source: Source, saved: Saved, starts: Starts) -> None:

@@ -112,6 +112,9 @@ def _try_claim(directory: Path) -> bool:
         if error.errno not in _UNSUPPORTED:
             os.close(descriptor)
             raise
+        if _lives_here(directory):
+            os.close(descriptor)
+            return False
         logger.warning(
             "%s is on a file system without locks (%s): nothing will stop a second run from saving there too, "
             "and the two would destroy each other's saves",
@@ -121,14 +124,18 @@ def _try_claim(directory: Path) -> bool:
     if not _is_at(descriptor, directory / WRITER):  # deleted between the opening and the lock
         os.close(descriptor)
         return False
-    _claims[directory] = _Claim(descriptor, os.getpid())
     owner = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "start": datetime.now(timezone.utc).isoformat("T", "seconds"),
     }
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    _claims[directory] = _Claim(descriptor, os.getpid())
     return True
 
 
@@ -137,6 +144,25 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _lives_here(directory: Path) -> bool:
+    """Whether another process of this machine says that it has the directory, and lives: all there is without locks."""
+    try:
+        owner = json.loads((directory / WRITER).read_bytes())
+        if owner["host"] != socket.gethostname() or owner["pid"] == os.getpid():
+            return False
+        # A process of the same number that began later is another one.
+        return _began(int(owner["pid"])) <= datetime.fromisoformat(owner["start"]).timestamp() + 1.0
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, IndexError):
+        return False
+
+
+def _began(process: int) -> float:
+    """When a process of this machine began, Unix time in seconds: proc(5), field 22 of `stat`, and `btime`."""
+    ticks = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def owner_of(directory: Path) -> str:

@@ -125,7 +125,12 @@ def begin_to_save(
         return
     save_dir, policy = Path(checkpoint_config.save).expanduser(), FailurePolicy.of(checkpoint_config)
     starts, phase = preparation.starts.followed_by(preparation.start, resumed), "remembering the start"
-    ranks.first(phase, lambda: with_retries(phase, lambda: write_starts(save_dir, starts), policy, rank=0))
+
+    def remember() -> None:
+        commit.make_ready(save_dir)  # it may have been deleted since the start
+        write_starts(save_dir, starts)
+
+    ranks.first(phase, lambda: with_retries(phase, remember, policy, rank=0))
     try:
         if preparation.tier is not None:
             preparation.tier.forget_newer(resumed, ranks)

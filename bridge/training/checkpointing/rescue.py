@@ -34,7 +34,8 @@ from bridge.training.checkpointing.errors import (
     NotEnoughSpaceError,
 )
 from bridge.training.checkpointing.formats import torch_dist
-from bridge.training.checkpointing.layout import list_checkpoints
+from bridge.training.checkpointing.layout import iteration_name, list_checkpoints
+from bridge.training.checkpointing.marks import is_marked
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.safety.safe_globals import allow
 from bridge.training.checkpointing.sidecar import Sidecar
@@ -109,7 +110,7 @@ def rescue(save_dir: Path, *, force: bool = False, safe_globals: Sequence[str] =
 
 
 def _tracked(save_dir: Path, force: bool) -> int | None:
-    """The iteration that the tracker names; None without one. With `force` an unreadable one is none either."""
+    """The iteration of the sound checkpoint that the tracker names, if any. With `force` it need not be readable."""
     try:
         tracked = read_tracker(list_checkpoints(save_dir))
     except CheckpointError as error:
@@ -117,7 +118,9 @@ def _tracked(save_dir: Path, force: bool) -> int | None:
             raise
         logger.warning("going on without the tracker: %s", error)
         return None
-    return None if tracked is None or tracked.release else tracked.iteration
+    if tracked is None or tracked.release or is_marked(save_dir / iteration_name(tracked.iteration)):
+        return None
+    return tracked.iteration
 
 
 def end_keepers(save_dir: Path) -> list[int]:

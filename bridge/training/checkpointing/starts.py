@@ -3,7 +3,7 @@
 A run that goes back, by an older `ckpt_step` or because something newer could not be had, leaves checkpoints of later
 iterations behind: in directories of other nodes, in memory, in a tier that is not configured this time. They must not
 win when they are found again. So the starts of a run are counted, what a start writes carries its number, and the
-save directory remembers where each start went on from that has saved anything.
+save directory remembers where each start went on from that has begun to save.
 """
 
 from __future__ import annotations
@@ -44,14 +44,18 @@ class Starts:
 
 
 def read_starts(save_dir: Path) -> Starts:
-    """The starts that a save directory knows of. One that has lost them knows of none, with a warning."""
+    """The starts that a save directory knows of. One that has lost them knows of none, with a warning.
+
+    Raises:
+        OSError: the file is there and cannot be read now.
+    """
     path = save_dir / STARTS
     try:
         entries = json.loads(path.read_bytes())
         return Starts(tuple((int(start), int(resumed)) for start, resumed in entries))
     except FileNotFoundError:
         return Starts()
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         logger.warning(
             "%s cannot be read (%s): a non-persistent checkpoint that this run has left behind may be taken for a "
             "newer one",

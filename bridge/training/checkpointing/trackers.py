@@ -93,7 +93,8 @@ def _read_checked(listing: Listing) -> Tracked:
             f"{tracked.iteration}: it has {record.kind} {found} instead of {record.checksum}"
         )
     other = _named_by_legacy(listing)
-    if other is not None and (other.created or 0.0) > (manifest.created or math.inf):
+    is_ahead = other is not None and other.iteration > tracked.iteration  # clocks alone are no proof
+    if other is not None and is_ahead and (other.created or 0.0) > (manifest.created or math.inf):
         raise CheckpointDamagedError(
             f"{listing.path / TRACKER} is out of date: it names iteration {tracked.iteration}, and {LEGACY_TRACKER}, "
             f"which a save moves after it, names iteration {other.iteration}, which was saved later"

@@ -200,9 +200,8 @@ def test_a_save_waits_for_deleted_checkpoints_if_that_makes_room(disk: Path, cap
         shared(disk, trash).require(Estimate(30 * MIB, "x"), 2)
     assert not gone.exists()
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message == (
-        f"{disk}: there is no room for the next checkpoint while deleted ones are still there; waiting until they are gone"
-    )
+    room = "there is no room for the next checkpoint while deleted ones are still there; waiting until they are gone"
+    assert message == f"{disk}: {room}"
 
 
 def measure_states(cfg: Any) -> list[int]:

@@ -1,5 +1,6 @@
 """One writer for a save directory, with real processes: who waits, who is refused, and who is not held up."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -162,3 +163,21 @@ def test_an_owner_that_cannot_be_read_is_still_an_owner(tmp_path: Path, content:
         (tmp_path / WRITER).write_bytes(content)
         with pytest.raises(DirectoryInUseError, match=r"in use by another run \(which has not said who it is\)"):
             ownership.claim(tmp_path)
+
+
+def test_without_locks_a_process_that_lives_still_has_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with process(claimed(tmp_path)):
+        monkeypatch.setattr(ownership.fcntl, "lockf", refuse)
+        with pytest.raises(DirectoryInUseError):
+            ownership.claim(tmp_path, wait_seconds=0.0)
+    assert ownership.claim(tmp_path, wait_seconds=0.0)
+    ownership.give_up(tmp_path)
+    owner = json.loads((tmp_path / WRITER).read_text())
+    # Another process has the number of the one that had it.
+    (tmp_path / WRITER).write_text(json.dumps(owner | {"pid": os.getppid(), "start": "2001-01-01T00:00:00+00:00"}))
+    assert ownership.claim(tmp_path, wait_seconds=0.0)

@@ -54,7 +54,9 @@ def test_a_directory_remembers_the_starts(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == [STARTS]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"[[1]]", b'[["a", 2]]', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"[[1]]", b'[["a", 2]]', b"\xff", b"[[1, Infinity]]", b"[" * 10**5]
+)
 def test_starts_that_cannot_be_read_are_none_and_a_warning(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:

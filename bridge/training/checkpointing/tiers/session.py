@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bridge.training.checkpointing.errors import DirectoryInUseError
 from bridge.training.checkpointing.files import replace_file
-from bridge.training.checkpointing.layout import list_checkpoints
+from bridge.training.checkpointing.layout import TEMPORARY_SUFFIX, list_checkpoints
 
 SESSION = ".bridge-session"
 """In a save directory: the token that its session is made of. In another directory: the session that owns it."""
@@ -50,7 +50,8 @@ def take_over(directory: Path, session: str, setting: str) -> None:
             f"directory; name a directory of this run's own, or delete it if that run is over"
         )
     found = list_checkpoints(directory)
-    if found.iterations or found.has_release or found.has_tracker or found.has_legacy_tracker or found.leftovers:
+    unfinished = [name for name in found.leftovers if not name.endswith(TEMPORARY_SUFFIX)]
+    if found.iterations or found.has_release or found.has_tracker or found.has_legacy_tracker or unfinished:
         raise DirectoryInUseError(
             f"{setting}: {directory} holds checkpoints that are not this run's non-persistent ones; name an empty or "
             "new directory"
