@@ -59,7 +59,7 @@ class Candidates:
         """
         if not self._may_pass_over(source, error):
             raise error
-        self.failed.append(error)
+        self.failed.append(_without_frames(error))
         if not self.waiting and source.kind == "persistent" and not self._went_back:
             self._went_back = True
             self.waiting = ranks.first("looking for an older checkpoint", lambda: self._older(source))
@@ -100,6 +100,15 @@ class Candidates:
 
     def _is_own(self, source: Source) -> bool:
         return self.save_dir is not None and self.save_dir.resolve() == source.path.parent.resolve()
+
+
+def _without_frames(error: CheckpointError) -> CheckpointError:
+    """The error without what its tracebacks keep alive: half a model, while another checkpoint is loaded."""
+    cause: BaseException | None = error
+    while cause is not None:
+        cause.__traceback__ = None
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def load_best(

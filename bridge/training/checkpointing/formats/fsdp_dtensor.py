@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.background import ForkedCall
 from bridge.training.checkpointing.checksums import DEFAULT
 from bridge.training.checkpointing.errors import CheckpointSaveError
 from bridge.training.checkpointing.formats import Format, Loaded, PayloadWrite
 from bridge.training.checkpointing.formats.fsdp_dtensor_reading import Values, read_objects, read_values
-from bridge.training.checkpointing.formats.writing import write_bucket
+from bridge.training.checkpointing.formats.writing import write_buckets
 from bridge.training.checkpointing.integrity import FileRecord
 from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import PAYLOAD_METADATA
@@ -83,7 +81,8 @@ def plan_save(
     joined = ranks.run("joining the lists of all ranks", lambda: None if gathered is None else _join(planner, gathered))
     # Ranks that hold copies of a tensor, or the same object, list it too; one of them writes it.
     left_out = ranks.first("sharing out the writing", lambda: joined.left_out if joined is not None else [])
-    items = [item for index, item in enumerate(own.items) if index not in set(left_out[ranks.rank])]
+    others = set(left_out[ranks.rank])
+    items = [item for index, item in enumerate(own.items) if index not in others]
     buckets = ranks.run(
         "copying what this rank writes", lambda: _stage(planner, items, directory, ranks.rank, writers_per_rank)
     )
@@ -213,24 +212,8 @@ class _Planned:
     def write(self, checksum: str = DEFAULT) -> tuple[list[FileRecord | str], Any]:
         """Write and sync this rank's files; return their records and torch's write results."""
         transforms = [create_fsdp_dtensor_storage_writer(str(self.directory)).transforms]
-        if len(self.buckets) <= 1:
-            written = [write_bucket(transforms, bucket, checksum) for bucket in self.buckets]
-        else:
-            written = self._write_in_parallel(transforms, checksum)
+        written = write_buckets(transforms, self.buckets, checksum)
         return [record for record, _ in written], [result for _, results in written for result in results]
-
-    def _write_in_parallel(self, transforms: list[Any], checksum: str) -> list[Any]:
-        calls: list[ForkedCall[Any]] = []
-        try:
-            for bucket in self.buckets:
-                write = partial(write_bucket, transforms, bucket, checksum)
-                calls.append(ForkedCall(write, f"the writer of {bucket[1]}"))
-            return [call.result() for call in calls]
-        except BaseException:
-            # What goes on writing would write into another try's files.
-            for call in calls:
-                call.kill()
-            raise
 
     def finish(self, results: list[Any]) -> list[str]:
         """Write `.metadata` from all ranks' write results; rank 0 only."""

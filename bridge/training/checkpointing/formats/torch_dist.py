@@ -12,7 +12,6 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +31,6 @@ from megatron.core.dist_checkpointing.validation import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.background import ForkedCall
 from bridge.training.checkpointing.checksums import DEFAULT
 from bridge.training.checkpointing.errors import (
     CheckpointDamagedError,
@@ -53,7 +51,7 @@ from bridge.training.checkpointing.formats.planning import (
 from bridge.training.checkpointing.formats.strategies import load_strategy
 from bridge.training.checkpointing.formats.structure import Structure
 from bridge.training.checkpointing.formats.two_stage import two_stage
-from bridge.training.checkpointing.formats.writing import write_bucket
+from bridge.training.checkpointing.formats.writing import write_buckets
 from bridge.training.checkpointing.integrity import FileRecord
 from bridge.training.checkpointing.io.access import left_to_validate
 from bridge.training.checkpointing.io.strategy import IoBackend
@@ -287,20 +285,7 @@ class _Planned:
         """Write and sync this rank's files; return their records and the write results."""
         buckets = self.writer.write_buckets or []
         transforms = [self.writer.transforms] if hasattr(self.writer, "transforms") else []
-        if len(buckets) <= 1:
-            written = [write_bucket(transforms, bucket, checksum) for bucket in buckets]
-        else:
-            calls = [
-                ForkedCall(partial(write_bucket, transforms, bucket, checksum), f"the writer of {bucket[1]}")
-                for bucket in buckets
-            ]
-            try:
-                written = [call.result() for call in calls]
-            except BaseException:
-                # What goes on writing would write into another try's files.
-                for call in calls:
-                    call.kill()
-                raise
+        written = write_buckets(transforms, buckets, checksum)
         return [record for record, _ in written], [result for _, results in written for result in results]
 
     def finish(self, results: list[Any]) -> list[str]:

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import inspect
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint import filesystem
 
+from bridge.training.checkpointing.background import ForkedCall
 from bridge.training.checkpointing.checksums import HashingStream
 from bridge.training.checkpointing.errors import CheckpointSaveError, storage_error
 from bridge.training.checkpointing.integrity import FileRecord
+
+
+def write_buckets(transforms: list[Any], buckets: list[Any], kind: str) -> list[tuple[FileRecord, list[Any]]]:
+    """Write several files at the same time, each in a process of its own; see `write_bucket`."""
+    if len(buckets) <= 1:
+        return [write_bucket(transforms, bucket, kind) for bucket in buckets]
+    calls: list[ForkedCall[Any]] = []
+    try:
+        for bucket in buckets:
+            write = partial(write_bucket, transforms, bucket, kind)
+            calls.append(ForkedCall(write, f"the writer of {bucket[1]}"))
+        return [call.result() for call in calls]
+    except BaseException as error:
+        # What goes on writing would write into another try's files.
+        for call in calls:
+            call.kill()
+        if isinstance(error, OSError):
+            raise CheckpointSaveError(f"a process to write with could not be started: {error}") from error
+        raise
 
 
 def write_bucket(transforms: list[Any], bucket: Any, kind: str) -> tuple[FileRecord, list[Any]]:

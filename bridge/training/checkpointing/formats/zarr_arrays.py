@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,30 @@ def write_arrays(directory: Path, writes: Sequence[ArrayWrite], writers: int) ->
         }
     )
     names = [name for write in writes for name in write.files()]
-    for name in names:
-        _remove(directory / name)  # of an earlier try
-    for batch in _batches(writes):
-        with _typed_errors(directory):
+    with _typed_errors(directory):
+        for name in names:
+            _remove(directory / name)  # of an earlier try
+        for batch in _batches(writes):
             opened = [_open_to_write(directory, write, context) for write in batch]
-            for pending in [_begin(store.result(), write) for store, write in zip(opened, batch, strict=True)]:
-                pending.result()
+            with _waiting_for_all() as pending:
+                for store, write in zip(opened, batch, strict=True):
+                    pending.append(_begin(store.result(), write))
+                for one in pending:
+                    one.result()
     return names
+
+
+@contextmanager
+def _waiting_for_all() -> Iterator[list[Any]]:
+    """A list of futures; none of them goes on when it is left, by an error either: it would touch tensors and files."""
+    pending: list[Any] = []
+    try:
+        yield pending
+    except BaseException:
+        for one in pending:
+            with suppress(Exception):
+                one.result()
+        raise
 
 
 def _remove(path: Path) -> None:
@@ -212,17 +228,29 @@ def read_arrays(reads: Sequence[ArrayRead]) -> None:
     """
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
     opened: dict[Path, Any] = {}
-    pending: list[tuple[ArrayRead, Any, Any]] = []
+    for batch in _read_batches(reads):
+        begun: list[tuple[ArrayRead, Any, Any]] = []
+        with _waiting_for_all() as pending:
+            for read in batch:
+                if read.array.path not in opened:
+                    opened[read.array.path] = open_stored(read.array, context)
+                copying, values = _begin_read(read, opened[read.array.path])
+                pending.append(copying)
+                begun.append((read, copying, values))
+            _finish_reads(begun)
+
+
+def _read_batches(reads: Sequence[ArrayRead]) -> Iterator[list[ArrayRead]]:
+    """What is read at the same time: a limited number of bytes."""
+    batch: list[ArrayRead] = []
     size = 0
     for read in (read for read in reads if not read.box.is_empty):
-        if read.array.path not in opened:
-            opened[read.array.path] = open_stored(read.array, context)
-        pending.append((read, *_begin_read(read, opened[read.array.path])))
+        batch.append(read)
         size += read.target.nbytes
         if size > _PENDING_BYTES:
-            _finish_reads(pending)
-            pending, size = [], 0
-    _finish_reads(pending)
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def open_stored(array: StoredArray, context: Any | None = None) -> Any:

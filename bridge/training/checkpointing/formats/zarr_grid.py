@@ -80,7 +80,9 @@ def choose_chunks(shape: Sequence[int], itemsize: int, parts: Sequence[Part]) ->
         )
     if not _is_exclusive(chunks, written):
         raise GridError("its parts overlap")
-    return tuple(_limited(chunks, itemsize))
+    limited = _limited(chunks, shape, itemsize)
+    counts = [-(-size // chunk) for size, chunk in zip(shape, limited, strict=True)]
+    return tuple(limited if math.prod(counts) <= MOST_CHUNKS else chunks)
 
 
 def _along(axis: int, size: int, parts: Sequence[Part], *, merge: bool) -> int:
@@ -109,12 +111,21 @@ def _is_exclusive(chunks: Sequence[int], parts: Sequence[Part]) -> bool:
     return True
 
 
-def _limited(chunks: Sequence[int], itemsize: int) -> list[int]:
-    """Divide the first axes until a chunk is no larger than it may be; the borders that there were remain."""
+def _limited(chunks: Sequence[int], shape: Sequence[int], itemsize: int) -> list[int]:
+    """Divide the first axes until a chunk is about as large as it may be; the borders that there were remain.
+
+    An axis that is one chunk has no borders, so it can be divided anywhere. Elsewhere only a divisor keeps them, and
+    where there is none near what is needed, large chunks are better than a great many of them.
+    """
     limited = list(chunks)
     for axis, chunk in enumerate(chunks):
         excess = -(-math.prod(limited) * itemsize // LARGEST_CHUNK)
         if excess <= 1:
             break
-        limited[axis] = next((chunk // n for n in range(excess, chunk + 1) if chunk % n == 0), 1)
+        if chunk >= shape[axis]:
+            limited[axis] = -(-chunk // min(excess, chunk))
+        else:
+            limited[axis] = next(
+                (chunk // n for n in range(excess, min(chunk, 4 * excess) + 1) if chunk % n == 0), chunk
+            )
     return limited

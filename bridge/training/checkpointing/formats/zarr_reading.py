@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
 
 from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.dtypes import require_same_kind
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointMismatchError
 from bridge.training.checkpointing.files import replace_file
 from bridge.training.checkpointing.formats.names import directory_name, key_of
@@ -226,19 +227,7 @@ def _require_fit(item: ShardedTensor, array: StoredArray) -> None:
         raise CheckpointMismatchError(
             f"{item.key} has the shape {tuple(item.global_shape)} in this run, and {array.shape} in the checkpoint"
         )
-    if _kind(item.dtype) != _kind(array.dtype):
-        raise CheckpointMismatchError(
-            f"{item.key} has the type {item.dtype} in this run, and {array.dtype} in the checkpoint"
-        )
-
-
-def _kind(dtype: torch.dtype) -> str:
-    """Values are converted between types of one kind."""
-    if dtype.is_complex:
-        return "complex"
-    if dtype.is_floating_point:
-        return "floating point"
-    return "bool" if dtype == torch.bool else "integer"
+    require_same_kind(item.key, item.dtype, array.dtype)
 
 
 def _require_chunks(directory: Path, array: StoredArray, box: Box) -> None:

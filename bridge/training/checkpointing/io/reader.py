@@ -19,6 +19,7 @@ from bridge.training.checkpointing.io.plan import Want
 from bridge.training.checkpointing.io.reading import ReadOptions, ReadStats, read_wants
 from bridge.training.checkpointing.safety.containment import contained_file
 from bridge.training.checkpointing.safety.payload_metadata import read_payload_metadata
+from bridge.training.checkpointing.safety.safe_globals import load_torch_bytes
 
 
 class DirectReader(FileSystemReader):
@@ -62,7 +63,16 @@ class DirectReader(FileSystemReader):
         tensors = [item for item in plan.items if item.type is not LoadItemType.BYTE_IO]
         self.stats = read_items(tensors, planner, self._metadata, Path(self.path), self._options)
         objects = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
+        for item in objects:  # torch's planner unpickles them as they are
+            self._require_safe(item, self._metadata)
         return super().read_data(replace(plan, items=objects), planner)
+
+    def _require_safe(self, item: ReadItem, metadata: Metadata) -> None:
+        place = metadata.storage_data[item.storage_index]
+        path, _ = contained_file(Path(self.path), place.relative_path)
+        with path.open("rb") as stream:
+            stream.seek(place.offset)
+            load_torch_bytes(stream.read(place.length), f"{path} ({item.storage_index.fqn})", "object")
 
 
 def read_items(

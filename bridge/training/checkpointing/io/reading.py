@@ -183,10 +183,10 @@ class _Reading:
                     piece()
             return
         with ThreadPoolExecutor(self._threads, thread_name_prefix="checkpoint-read") as pool:
-            located = pool.map(lambda pair: list(self._pieces(*pair)), wants)
-            reads = [pool.submit(piece) for pieces in located for piece in pieces]
             try:
-                for read in reads:
+                # All are found before any is read: a file that is cut short has then changed no tensor.
+                located = list(pool.map(lambda pair: list(self._pieces(*pair)), wants))
+                for read in [pool.submit(piece) for pieces in located for piece in pieces]:
                     read.result()
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)

@@ -34,6 +34,8 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _DistWrapper
 
+from bridge.training.checkpointing.dtypes import require_same_kind
+from bridge.training.checkpointing.errors import CheckpointDamagedError
 from bridge.training.checkpointing.io.plan import Want
 from bridge.training.checkpointing.io.reader import ChunkShapes, read_items
 from bridge.training.checkpointing.io.reading import ReadOptions, ReadStats, read_wants
@@ -251,7 +253,6 @@ class _Planning:
         if (
             type(entry) is not TensorStorageMetadata
             or not isinstance(item, ShardedTensor)
-            or item.allow_shape_mismatch
             or item.flattened_range is not None
             or item.global_shape != entry.size
         ):
@@ -261,6 +262,7 @@ class _Planning:
         elif item.data.requires_grad:
             item.data = item.data.detach()
         data: torch.Tensor = item.data
+        require_same_kind(key, data.dtype, entry.properties.dtype)
         shape, target = item.local_shape, data
         if item.prepend_axis_num:
             shape = (1,) * item.prepend_axis_num + tuple(shape)
@@ -289,12 +291,18 @@ class _Planning:
             plan.wants.append(self._want(key, entry, tuple(offset), tuple(shape), target, None, plan))
             return
         chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
+        found = 0
         for item in create_read_items_for_chunk_list(key, entry, [chunk]):
             stored, lengths = tuple(item.storage_index.offset or ()), tuple(item.lengths)
             part = narrow_tensor_by_index(target, item.dest_offsets, item.lengths)
             whole = shapes[stored]
             box = None if lengths == whole else (tuple(item.storage_offsets), lengths)
             plan.wants.append(self._want(key, entry, stored, whole, part, box, plan))
+            found += prod(lengths)
+        if found != prod(shape):
+            raise CheckpointDamagedError(
+                f"{key!r} lacks values: {found} of the {prod(shape)} that this rank needs are in the checkpoint"
+            )
 
     def _want(
         self,

@@ -39,8 +39,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load_state_dict
+from torch.distributed.checkpoint.utils import _DistWrapper
 from torch.futures import Future
 
+from bridge.training.checkpointing.dtypes import require_same_kind
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointMismatchError
 from bridge.training.checkpointing.layout import PAYLOAD_METADATA
 from bridge.training.checkpointing.safety.containment import contained_file
@@ -86,7 +88,10 @@ class SafeLoadStrategy(TorchDistLoadShardedStrategy):  # type: ignore[misc]
         Raises:
             CheckpointException: torch's, with the cause on every rank that failed.
         """
-        request = self._request(sharded_state_dict)
+        requests: list[_Request] = []
+        # Agreed on first: a rank that fails here would leave the others waiting in torch's own exchange.
+        _DistWrapper(None, True, 0).all_gather("plan", lambda: requests.append(self._request(sharded_state_dict)))
+        request = requests[0]
         load_state_dict(request.values, request.reader, planner=request.planner)
         return request.loaded()
 
@@ -183,7 +188,26 @@ class _Planner(MCoreLoadPlanner):  # type: ignore[misc]
             key = item.dest_index.fqn
             if item.type is LoadItemType.BYTE_IO and not isinstance(self.state_dict[key], io.BytesIO):
                 raise CheckpointMismatchError(f"{key!r} is a tensor in this run, and in the checkpoint it is none")
+        self._require_all_parts(plan)
         return plan
+
+    def _require_all_parts(self, plan: LoadPlan) -> None:
+        """Make sure that the stored parts make up the tensors of this run whose shapes have to be the same."""
+        found: dict[Any, dict[Any, int]] = {}  # by place in the tensor, which a run may want twice
+        for item in plan.items:
+            if item.type is not LoadItemType.BYTE_IO:
+                key = item.dest_index.fqn
+                found.setdefault(item.dest_index, {})[item.dest_offsets] = prod(item.lengths)
+                stored = self.metadata.state_dict_metadata[key]
+                require_same_kind(key, self.lookup_tensor(item.dest_index).dtype, stored.properties.dtype)
+        for index, parts in found.items():
+            elements = sum(parts.values())
+            expected = self.lookup_tensor(index).numel()
+            if index.fqn not in self.allow_shape_mismatch_sharded_tensors and elements != expected:
+                raise CheckpointDamagedError(
+                    f"{index.fqn!r} lacks values: {elements} of the {expected} that this rank needs are in the "
+                    "checkpoint"
+                )
 
     def place_object(self, item: ReadItem, value: Any) -> None:
         """In place of `load_bytes`, which unpickles: take over an object that has been read."""

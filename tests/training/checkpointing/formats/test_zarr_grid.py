@@ -128,3 +128,19 @@ def test_no_chunk_of_a_vector_has_two_writers(case: tuple[int, list[Part]]) -> N
 def test_no_chunk_of_a_matrix_has_two_writers(case: tuple[tuple[int, int], list[Part]]) -> None:
     shape, parts = case
     require_one_writer_of_each_chunk(shape, parts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "most"),
+    [
+        ((1009,), line((0, 0, 1009)), 50),
+        ((1511, 20), grid(1511, 20, (1, 1), [0]), 1600),
+        ((2 * 1009,), line((0, 0, 1009), (1, 1009, 2018)), 2),
+    ],
+)
+def test_lengths_without_divisors_do_not_make_a_chunk_of_every_element(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], parts: list[Part], most: int
+) -> None:
+    monkeypatch.setattr(zarr_grid, "LARGEST_CHUNK", 100)
+    chunks = choose_chunks(shape, 4, parts)
+    assert math.prod(-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)) <= most

@@ -306,3 +306,21 @@ def test_metadata_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None
     with pytest.raises(CheckpointException) as caught:
         dcp.load({"a": torch.zeros(4)}, storage_reader=DirectReader(directory), no_dist=True)
     assert isinstance(caught.value.failures[0][0], UnsafeCheckpointError)
+
+
+class Exploit:
+    """An object that makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_torch_dcp_runs_nothing_through_it(tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    dcp.save({"object": Exploit(trap)}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    with pytest.raises(CheckpointException, match="tries to run code when it is loaded"):
+        dcp.load({"object": None}, storage_reader=DirectReader(tmp_path / "saved"), no_dist=True)
+    assert not trap.exists()

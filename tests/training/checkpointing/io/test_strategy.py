@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,3 +214,44 @@ def test_what_does_not_fit_is_said_in_the_same_words(tmp_path: Path) -> None:
         message = changes[name][1]
         assert direct == stock
         assert message in direct and bool(message) == bool(direct), name
+
+
+@pytest.mark.parametrize("io_backend", ["direct", "stock"])
+def test_a_chunk_that_the_metadata_has_lost_and_a_type_of_another_kind_are_errors(
+    tmp_path: Path, io_backend: IoBackend
+) -> None:
+    directory = tmp_path / "saved"
+
+    def attempt(dtype: torch.dtype) -> str:
+        wanted = ShardedTensor.from_rank_offsets("stacked", torch.zeros(2, 3, 5, dtype=dtype))
+        try:
+            torch_dist.load(
+                {"stacked": wanted},
+                directory,
+                Ranks.current(),
+                strictness="assume_ok_unexpected",
+                validate_access=False,
+                io_backend=io_backend,
+            )
+        except CheckpointError as error:
+            return f"{type(error).__name__}: {error}"
+        return "loaded"
+
+    def run() -> tuple[str, str, str]:
+        init_ranks()
+        whole, other = attempt(torch.float32), attempt(torch.int64)
+        metadata = pickle.loads((directory / ".metadata").read_bytes())
+        entry = metadata.state_dict_metadata["stacked"]
+        lost = entry.chunks.pop()
+        for index in [i for i in metadata.storage_data if i.fqn == "stacked" and i.offset == lost.offsets]:
+            del metadata.storage_data[index]
+        (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+        return whole, other, attempt(torch.float32)
+
+    run_ranks(lambda: (init_ranks(), save(4, directory)), 2)
+    whole, other, incomplete = run_ranks(run, 1)[0]
+    assert whole == "loaded"
+    assert other.startswith("CheckpointMismatchError: ")
+    assert "stacked has the type torch.int64 in this run, and torch.float32 in the checkpoint" in other
+    assert incomplete.startswith("CheckpointDamagedError: ")
+    assert "lacks values: 15 of the 30 that this rank needs are in the checkpoint" in incomplete
