@@ -149,7 +149,7 @@ def _manifest(path: Path) -> Manifest | None:
     """A checkpoint's manifest; None where there is none that can be read: retention and loading speak of that."""
     try:
         return None if path.is_symlink() else read_manifest(path)
-    except CheckpointDamagedError:
+    except (CheckpointDamagedError, OSError):
         return None
 
 

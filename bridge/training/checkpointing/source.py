@@ -145,7 +145,7 @@ def older_sources(listing: Listing, below: int, offers: Iterable[Offer] = ()) ->
 def _created(path: Path) -> float | None:
     try:
         manifest = read_manifest(path)
-    except CheckpointDamagedError:
+    except (CheckpointDamagedError, OSError):
         return None
     return None if manifest is None else manifest.created
 

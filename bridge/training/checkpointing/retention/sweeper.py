@@ -100,9 +100,9 @@ def committed_entries(listing: Listing) -> list[Entry]:
         try:
             found = (path / MANIFEST).stat()
             entry = _entry(path, found.st_ino, found.st_mtime_ns, found.st_size)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
-        except CheckpointDamagedError as error:
+        except (CheckpointDamagedError, OSError) as error:
             logger.warning("retention neither counts nor deletes %s: %s", path, error)
             continue
         if entry is not None and entry.iteration == iteration:
