@@ -43,6 +43,15 @@ class Loaded:
     """Keys that were requested and are not in the checkpoint; None likewise."""
 
 
+_DROPPING = ("log_", "return_", "ignore_")
+"""How the strictness values begin under which megatron-core leaves out keys that the checkpoint lacks."""
+
+
+def may_drop(strictness: str) -> bool:
+    """Whether keys that the checkpoint lacks may be left out under a value of `dist_ckpt_strictness`."""
+    return strictness.startswith(_DROPPING)
+
+
 class PlanSave(Protocol):
     """Plans a save. Collective."""
 

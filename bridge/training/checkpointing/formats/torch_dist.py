@@ -8,17 +8,16 @@ Here each rank writes without talking to anyone, and the caller decides when all
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
 from megatron.core.dist_checkpointing.mapping import CheckpointingException, apply_factory_merges
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import (
@@ -37,19 +36,16 @@ from bridge.training.checkpointing.errors import (
     CheckpointError,
     CheckpointSaveError,
 )
-from bridge.training.checkpointing.files import replace_file
-from bridge.training.checkpointing.formats import Format, Loaded, PayloadWrite
+from bridge.training.checkpointing.formats import Format, Loaded, PayloadWrite, may_drop
 from bridge.training.checkpointing.formats.failures import load_error, unreadable
 from bridge.training.checkpointing.formats.planning import (
     SavePlanning,
     make_plan,
     metadata_of,
-    ranks_of,
     reuse_plan,
-    validate_sharding,
 )
+from bridge.training.checkpointing.formats.prepared import prepare
 from bridge.training.checkpointing.formats.strategies import load_strategy
-from bridge.training.checkpointing.formats.structure import Structure
 from bridge.training.checkpointing.formats.two_stage import two_stage
 from bridge.training.checkpointing.formats.writing import write_buckets
 from bridge.training.checkpointing.integrity import FileRecord
@@ -58,15 +54,11 @@ from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import COMMON, MCORE_METADATA, PAYLOAD_METADATA
 from bridge.training.checkpointing.safety.payload_metadata import without_collector
 from bridge.training.checkpointing.safety.safe_globals import describe, load_torch_file
-from bridge.training.checkpointing.sidecar import Sidecar, torch_bytes
 
 logger = logging.getLogger(__name__)
 
 BACKEND = "torch_dist"
 VERSION = 1
-_CONTENT_METADATA = "content_metadata"
-_DROPPING = ("log_", "return_", "ignore_")
-"""How the strictness values begin under which megatron-core leaves out keys that the checkpoint lacks."""
 T = TypeVar("T")
 
 
@@ -102,26 +94,22 @@ def plan_save(
     Raises:
         CheckpointSaveError: the shards of the ranks do not make up whole tensors.
     """
-    state_dict[_CONTENT_METADATA] = content_metadata
-    sharded, common, structure = ranks.run(
-        "preparing the sharded state", lambda: _prepare_save(state_dict, writers_per_rank, parallelization_group)
-    )
-    # Before anything is exchanged: what cannot be pickled would fail on rank 0 alone, amid a collective.
-    sidecars = ranks.run(
-        "serializing the common state",
-        lambda: (Sidecar(COMMON, torch_bytes(common)),) if ranks.is_first else (),
-    )
     planning = strategy or SavePlanning()
-    verdict = planning.compare(structure, ranks, reuse=assume_constant_structure)
+    prepared = prepare(
+        state_dict,
+        content_metadata,
+        ranks,
+        planning,
+        writers_per_rank=writers_per_rank,
+        group=parallelization_group,
+        preprocess_common=preprocess_common,
+        reuse=assume_constant_structure,
+    )
+    sharded, verdict = prepared.sharded, prepared.verdict
     plan = planning.plan
     if plan is not None and verdict.planned:
         writer = reuse_plan(plan, sharded, directory, ranks)
     else:
-        if not verdict.valid:
-            compared = common
-            if preprocess_common is not None:
-                compared = ranks.run("preparing the common state for comparison", lambda: preprocess_common(common))
-            validate_sharding(sharded, compared, ranks)
         plan, writer = make_plan(
             sharded,
             directory,
@@ -131,16 +119,9 @@ def plan_save(
             group=parallelization_group,
             validate=not verdict.valid,
         )
-    planning.remember(structure, verdict, plan if assume_constant_structure else None)
+    planning.remember(prepared.structure, verdict, plan if assume_constant_structure else None)
     planned = _Planned(writer, metadata_of(plan), directory)
-    return PayloadWrite(planned.write, planned.finish, sidecars), planning
-
-
-def _prepare_save(
-    state_dict: dict[str, Any], writers_per_rank: int, group: Any | None
-) -> tuple[dict[str, Any], dict[str, Any], Structure]:
-    sharded, common = save_preprocess(state_dict, validate_access_integrity=False)
-    return sharded, common, Structure.of(nested_values(sharded), writers_per_rank, ranks_of(group))
+    return PayloadWrite(planned.write, planned.finish, prepared.sidecars), planning
 
 
 def load(
@@ -203,7 +184,7 @@ def load(
     shards = ranks.run("reading the checkpoint", lambda: typed(lambda: request.strategy.load(sharded, str(directory))))
     state_dict = ranks.run("joining what was read", lambda: _join(request, shards))
     if not StrictHandling.requires_returning_mismatch_keys(request.strict):
-        return Loaded(state_dict, dropped=strictness.startswith(_DROPPING))
+        return Loaded(state_dict, dropped=may_drop(strictness))
     if ranks.is_first:
         logger.warning("in the checkpoint but not requested: %s", _listed(missing))
         logger.warning("requested but not in the checkpoint: %s", _listed(unexpected))
@@ -293,9 +274,7 @@ class _Planned:
         if self.metadata is None:
             raise CheckpointSaveError("the plan has no global metadata on this rank; only rank 0 can finish a save")
         self.writer.finish(self.metadata, results)
-        # megatron-core's own function for it does not sync the file.
-        config = asdict(CheckpointingConfig(BACKEND, VERSION))
-        replace_file(self.directory / MCORE_METADATA, json.dumps(config).encode())
+        save_config(CheckpointingConfig(BACKEND, VERSION), str(self.directory))
         return [PAYLOAD_METADATA, MCORE_METADATA]
 
 

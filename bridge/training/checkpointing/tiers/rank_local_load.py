@@ -38,7 +38,7 @@ from bridge.training.checkpointing.errors import (
     CheckpointError,
     CheckpointMismatchError,
 )
-from bridge.training.checkpointing.formats import Loaded
+from bridge.training.checkpointing.formats import Loaded, may_drop
 from bridge.training.checkpointing.formats.failures import load_error
 from bridge.training.checkpointing.formats.read_choice import process_group
 from bridge.training.checkpointing.io.strategy import IoBackend
@@ -54,9 +54,6 @@ from bridge.training.checkpointing.tiers.sharing import fetch, tensors_by_shard
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-_DROPPING = ("log_", "return_", "ignore_")
-"""How the strictness values begin under which megatron-core leaves out keys that the checkpoint lacks."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ class RankLocalCheckpoint:
         place = f"the {NAMES[self.source.kind]}"
         state_dict = ranks.run("joining what was read", lambda: _join(request, sharded, tensors, self.state, place))
         if not StrictHandling.requires_returning_mismatch_keys(request.strict):
-            return Loaded(state_dict, dropped=strictness.startswith(_DROPPING))
+            return Loaded(state_dict, dropped=may_drop(strictness))
         if ranks.is_first:
             logger.warning("in the snapshots but not requested: %s", ", ".join(sorted(missing)) or "nothing")
             logger.warning("requested but not in the snapshots: %s", ", ".join(sorted(unexpected)) or "nothing")
