@@ -16,7 +16,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 LANGUAGES = {"python", "yaml", "bash", "text"}
 SECTIONS = {field.name for field in dataclasses.fields(ConfigContainer)}
 LAUNCHER = ["-m", "torch.distributed.run"]
+LAUNCHERS = {f"scripts/launch/{path.name}" for path in (ROOT / "scripts/launch").glob("*.s*")}
 OTHER_COMMANDS = {"git", "pip", "pre-commit"}
 """Commands of other programs, of which only the syntax is checked."""
 
@@ -156,14 +157,21 @@ def test_yaml_blocks_are_valid_recipes_or_overlays(block: Block, tmp_path: Path)
 
 
 @pytest.mark.parametrize("block", blocks("bash"), ids=str)
-def test_bash_blocks_are_commands_that_exist(block: Block) -> None:
+def test_bash_blocks_are_commands_that_exist(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(["bash", "-n"], input=block.code, text=True, check=True)
     for line in block.code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
+        while words and (variable := re.fullmatch(r"([A-Z_]+)=(.*)", words[0])):
+            monkeypatch.setenv(variable[1], variable[2])
+            words = words[1:]
+        if words[:1] == ["sbatch"]:
+            words = list(dropwhile(lambda word: word not in LAUNCHERS, words))
         if not words or words[0] in OTHER_COMMANDS:
             continue
         if words[0] == "make":
             assert_make_targets_exist(words[1:])
+        elif words[0] in LAUNCHERS:
+            assert_script_accepts(["scripts/pretrain.py", *words[1:]])
         elif words[0] == "bridge-ckpt":
             make_parser().parse_args(words[1:])  # ends the process if it does not understand
         else:
