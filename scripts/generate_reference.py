@@ -1,17 +1,18 @@
-"""Write docs/reference/checkpoint-config.md from the dataclass CheckpointConfig.
+"""Write what is generated from the dataclasses of the configuration.
 
     generate_reference.py [--check]
 
+docs/reference/checkpoint-config.md describes the fields of CheckpointConfig, and recipes/recipe.schema.json is the
+JSON Schema of recipes.
+
 Types, defaults and descriptions are read from the class; the rules are what its own validation answers to the
-settings in `WRONG`. With --check nothing is written, and the exit status is 1 if the page is not up to date.
+settings in `WRONG`. With --check nothing is written, and the exit status is 1 if a file is not up to date.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import inspect
-import itertools
+import json
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -21,8 +22,11 @@ import yaml
 
 from bridge.training.config import CheckpointConfig
 from bridge.training.config.availability import NOT_AVAILABLE
+from bridge.training.config.json_schema import descriptions, recipe_schema
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "checkpoint-config.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "reference" / "checkpoint-config.md"
+SCHEMA = ROOT / "recipes" / "recipe.schema.json"
 
 EXAMPLES: dict[str, Any] = {
     "save": "runs/mine",
@@ -130,11 +134,11 @@ def page() -> str:
 
 def entry(name: str) -> str:
     """One field: type, default, meaning, rule and example."""
-    annotation, meaning = _declared()[name]
+    annotation = CheckpointConfig.__dataclass_fields__[name].type
     lines = [
         f"## `{name}`",
         "",
-        meaning,
+        descriptions(CheckpointConfig)[name],
         "",
         f"- Type: `{annotation}`",
         f"- Default: `{_yaml(getattr(CheckpointConfig(), name))}`",
@@ -148,16 +152,6 @@ def entry(name: str) -> str:
     return "\n".join(lines)
 
 
-def _declared() -> dict[str, tuple[str, str]]:
-    """Annotation and docstring of every field, from the source."""
-    statements = ast.parse(inspect.getsource(CheckpointConfig)).body[0].body  # type: ignore[attr-defined]
-    return {
-        field.target.id: (ast.unparse(field.annotation), " ".join(text.value.value.split()))
-        for field, text in itertools.pairwise(statements)
-        if isinstance(field, ast.AnnAssign)
-    }
-
-
 def _yaml(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
     return text.removesuffix("...").strip()
@@ -166,15 +160,17 @@ def _yaml(value: Any) -> str:
 def main() -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with the page, and write nothing")
-    if not parser.parse_args().check:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page())
-        return 0
-    if PAGE.exists() and PAGE.read_text() == page():
-        return 0
-    print(f"{PAGE} is not up to date; run scripts/generate_reference.py", file=sys.stderr)
-    return 1
+    parser.add_argument("--check", action="store_true", help="compare with the files, and write nothing")
+    only_check = parser.parse_args().check
+    status = 0
+    for path, text in {PAGE: page(), SCHEMA: json.dumps(recipe_schema(), indent=2) + "\n"}.items():
+        if not only_check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            print(f"{path} is not up to date; run scripts/generate_reference.py", file=sys.stderr)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":
