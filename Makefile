@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint typecheck pytest faults check format clean distclean
+.PHONY: help setup quickstart test lint typecheck pytest faults check format docs clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ check: test ## the same as test
 format: setup ## ruff format and the safe fixes of ruff check, in place
 	@$(VENV) -m ruff format .
 	@$(VENV) -m ruff check --fix .
+
+docs: setup ## the documentation as a site in build/docs; ARGS=--serve shows it while it is written
+	@NO_MKDOCS_2_WARNING=1 $(VENV) -m mkdocs $(if $(findstring --serve,$(ARGS)),serve,build --strict)
 
 clean: ## delete caches and the runs of quickstart; keeps .venv and data/
 	rm -rf runs/quickstart build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
