@@ -5,7 +5,7 @@ Written for CUDA; the tests of this project run without one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from threading import Lock
@@ -17,18 +17,23 @@ import torch
 class DeviceCopies:
     """Pinned buffers that are used again and again, and a stream for each device that copies from them."""
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        """Made in the thread whose work on the targets comes first: a stream is current for one thread only.
+
+        Args:
+            devices: those of the targets; others than CUDA's are passed over.
+        """
         self._lock = Lock()
         self._free: list[tuple[torch.Tensor, Any]] = []
         """Buffers, each with the event after which it may be filled again."""
-        self._streams: dict[torch.device, Any] = {}
+        self._streams = {device: _following_stream(device) for device in devices if device.type == "cuda"}
 
     @contextmanager
     def staged(self, target: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """A pinned buffer for the values of `target` as `dtype`; when the context ends, they are copied there."""
         size = prod(target.shape) * dtype.itemsize
+        stream = self._streams[target.device]
         with self._lock:
-            stream = self._stream(target.device)
             buffer, copied = self._free.pop() if self._free else (None, None)
         if copied is not None:
             copied.synchronize()
@@ -47,10 +52,9 @@ class DeviceCopies:
         for stream in self._streams.values():
             stream.synchronize()
 
-    def _stream(self, device: torch.device) -> Any:
-        if device not in self._streams:
-            stream = torch.cuda.Stream(device)
-            # What the training stream still does to the targets comes first.
-            stream.wait_stream(torch.cuda.current_stream(device))
-            self._streams[device] = stream
-        return self._streams[device]
+
+def _following_stream(device: torch.device) -> Any:
+    """A stream of its own that begins when this thread's work on the device is done."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream

@@ -89,7 +89,7 @@ def read_wants(wants: Sequence[Want], paths: Mapping[str, Path], options: ReadOp
         by_file[want.file].append(want)
     names = sorted(by_file)
     with torch.no_grad():
-        reading = _Reading(options or ReadOptions())
+        reading = _Reading(options or ReadOptions(), {want.target.device for want in wants})
         for start in range(0, len(names), _FILES_AT_ONCE):
             some = names[start : start + _FILES_AT_ONCE]
             with opened({name: paths[name] for name in some}) as files:
@@ -100,14 +100,14 @@ def read_wants(wants: Sequence[Want], paths: Mapping[str, Path], options: ReadOp
 class _Reading:
     """One call of `read_wants`."""
 
-    def __init__(self, options: ReadOptions) -> None:
+    def __init__(self, options: ReadOptions, devices: Iterable[torch.device]) -> None:
         self._options = options
         self._threads = max(1, options.threads)
         self._room = max(PAGE, options.memory // (self._threads + 1))
         """Bytes of one buffer."""
         self._layouts = Layouts()
         self._scratch = Scratch()
-        self._copies = DeviceCopies()
+        self._copies = DeviceCopies(devices)
         self._lock = Lock()
         self._stats = ReadStats()
         self._unrecognised: list[tuple[Path, Want]] = []
