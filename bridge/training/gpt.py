@@ -30,6 +30,7 @@ from megatron.core.transformer.moe import moe_utils
 from bridge import accelerator
 from bridge.training.config import ConfigContainer, ConfigError, GPTModelConfig
 from bridge.training.fsdp import wrap_in_megatron_fsdp
+from bridge.training.torch_fsdp2 import wrap_in_torch_fsdp2
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -201,6 +202,9 @@ def build_model(
         before_wrapping(chunks)
     if cfg.ddp.use_megatron_fsdp:
         return [wrap_in_megatron_fsdp(cfg, config, chunk) for chunk in chunks]
+    if cfg.dist.use_torch_fsdp2:
+        engine = uses_transformer_engine(cfg.model)
+        return [wrap_in_torch_fsdp2(cfg, config, chunk, transformer_engine=engine) for chunk in chunks]
     wrapped = [
         DistributedDataParallel(
             config,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import tensor_parallel
+from torch.distributed.tensor import DTensor
 
 from bridge.training.callbacks import CallbackContext, CallbackManager
 from bridge.training.config import (
@@ -131,5 +132,6 @@ def digests_of_random_states() -> dict[str, str]:
 
 
 def _hash(tensor: torch.Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    data = own.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]

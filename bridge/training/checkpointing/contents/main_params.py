@@ -12,6 +12,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import unwrap_model
 
 from bridge.training.checkpointing.contents.model import model_section
+from bridge.training.checkpointing.contents.torch_fsdp2 import loadable
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -44,7 +45,7 @@ def load_main_params(optimizer: Any, model: list[Any], state_dict: dict[str, Any
             if isinstance(part, DistributedOptimizer):
                 part.reload_model_params(state_dict=state_dict)
         for index, chunk in enumerate(unwrap_model(model)):
-            section = state_dict[model_section(index, len(model))]
+            section = loadable(chunk, state_dict[model_section(index, len(model))])
             for name, parameter in chunk.named_parameters():
                 # Optimizers that are not distributed keep the whole main parameter beside the model's.
                 main = getattr(parameter, "main_param", None)

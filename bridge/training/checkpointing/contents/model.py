@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core.utils import unwrap_model
 
-from bridge.training.checkpointing.contents import fsdp_dtensor
+from bridge.training.checkpointing.contents import fsdp_dtensor, torch_fsdp2
 from bridge.training.checkpointing.contents.extra_state import without_extra_state
 from bridge.training.checkpointing.contents.glu import model_glu_sizes, process_model_state_dict
 from bridge.training.checkpointing.errors import CheckpointMismatchError
@@ -57,8 +57,11 @@ def generate_model_state_dict(
         return {model_section(0, 1): fsdp_dtensor.model_section(model[0])}
     routed, shared = model_glu_sizes(model)
     sections: dict[str, Any] = {}
-    for index, chunk in enumerate(unwrap_model(model)):
-        section = chunk.sharded_state_dict(**(model_sd_kwargs or {}))
+    for index, (wrapped, chunk) in enumerate(zip(model, unwrap_model(model), strict=True)):
+        if torch_fsdp2.is_torch_fsdp2(wrapped):
+            section = torch_fsdp2.model_section(wrapped, model_sd_kwargs or {})
+        else:
+            section = chunk.sharded_state_dict(**(model_sd_kwargs or {}))
         if routed is not None or shared is not None:
             section = process_model_state_dict(section, routed, shared, interleave=False)
         sections[model_section(index, len(model))] = section
@@ -98,6 +101,7 @@ def load_module_state_dict(module: torch.nn.Module, state_dict: Mapping[str, Any
         CheckpointMismatchError: shapes differ, or with `strict` the keys do. The module may be loaded in part.
     """
     (target,) = unwrap_model([module])
+    state_dict = torch_fsdp2.loadable(target, state_dict)
     try:
         target.load_state_dict(state_dict, strict=strict)
         return

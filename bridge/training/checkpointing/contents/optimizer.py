@@ -16,6 +16,7 @@ from bridge.training.checkpointing.contents.optimizer_forms import (
     form_of,
     load_adapted,
 )
+from bridge.training.checkpointing.contents.torch_fsdp2 import known_by_their_rows, loadable_state
 from bridge.training.checkpointing.plans.resharding import (
     DP_RESHARDABLE,
     FSDP_DTENSOR,
@@ -82,7 +83,7 @@ def generate_optimizer_state_dict(
     elif optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
         allocate_optimizer_state(optimizer)
         metadata = kwargs.get("metadata") or {}
-        with padding_between_buckets(chained(optimizer)):
+        with padding_between_buckets(chained(optimizer)), known_by_their_rows(chained(optimizer)):
             if is_loading and saved is not None and is_adapted(metadata, saved, form_of(optimizer)):
                 sections[OPTIMIZER] = adapted_template(optimizer, saved, model_sections, metadata)
             else:
@@ -117,8 +118,12 @@ def load_optimizer(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
     with torch.no_grad():  # megatron-core copies in place into parameters that require gradients
         if ADAPTED in section:
             load_adapted(optimizer, section)
+            return
+        parts = chained(optimizer)
+        if len(parts) == 1:
+            optimizer.load_state_dict(loadable_state(parts[0], section))
         else:
-            optimizer.load_state_dict(section)
+            optimizer.load_state_dict({index: loadable_state(part, section[index]) for index, part in enumerate(parts)})
 
 
 def share_main_params(optimizer: Any) -> None:

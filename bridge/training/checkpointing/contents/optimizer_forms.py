@@ -25,6 +25,7 @@ from megatron.core.optimizer.optimizer import (
     param_group_identifier_keys,
 )
 
+from bridge.training.checkpointing.contents.torch_fsdp2 import like, loadable_state
 from bridge.training.checkpointing.errors import CheckpointMismatchError
 from bridge.training.checkpointing.plans.resharding import FULLY_RESHARDABLE, SHARDING_TYPE, OptimizerForm, parts_of
 
@@ -144,11 +145,12 @@ def _load_part(part: Any, tensors: Mapping[Any, Any], saved: list[Any]) -> None:
         return
     state_dict = {"state": tensors["state"], "param_groups": groups}
     if isinstance(part, Float16OptimizerWithFloat16Params):
-        part.load_state_dict({_STATE_DICT: state_dict, "fp32_from_fp16_params": tensors[_MAIN], **scaler})
+        section = {_STATE_DICT: state_dict, "fp32_from_fp16_params": tensors[_MAIN], **scaler}
+        part.load_state_dict(loadable_state(part, section))
         return
-    part.load_state_dict(state_dict)
+    part.load_state_dict(loadable_state(part, state_dict))
     for parameter, main in zip(part.get_parameters(), tensors.get(_MAIN, ()), strict=_MAIN in tensors):
-        parameter.copy_(main)
+        parameter.copy_(like(main, parameter))
 
 
 def _param_groups(part: Any, saved: list[Any]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from megatron.core.utils import unwrap_model
 
 from bridge.training.checkpointing.contents.extra_state import is_model_section
 from bridge.training.checkpointing.contents.model import model_section
+from bridge.training.checkpointing.contents.torch_fsdp2 import loadable
 from bridge.training.checkpointing.errors import CheckpointMismatchError
 
 
@@ -57,7 +58,7 @@ def load_adapters(model: list[Any], state_dict: Mapping[str, Any], peft: Any, st
         if section not in state_dict:
             raise CheckpointMismatchError(f"the checkpoint has no section {section!r}, which this rank's adapters need")
         try:
-            left = chunk.load_state_dict(state_dict[section], strict=False)
+            left = chunk.load_state_dict(loadable(chunk, state_dict[section]), strict=False)
         except RuntimeError as error:
             raise CheckpointMismatchError(f"the adapters of {section!r} do not fit this rank's: {error}") from error
         missing = [key for key in left.missing_keys if "_extra_state" not in key and peft.adapter_key_filter(key)]

@@ -234,7 +234,12 @@ class _Wanted:
         """The value for one place of the state dict."""
         unit = _unit(item)
         value = values[unit]
-        if not is_tensor(unit) or item.data is None or item.data.data_ptr() == value.data_ptr():
+        if not is_tensor(unit):
+            return value
+        if item.data is None:
+            # Each place gets memory of its own, as from any other strategy.
+            return value if item is self.items[unit] else value.clone()
+        if item.data.data_ptr() == value.data_ptr():
             return value
         with torch.no_grad():
             return item.data.detach().copy_(value.view(item.data.shape))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -26,11 +26,11 @@ from megatron.core.dist_checkpointing.strategies.base import (
 )
 
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.files import write_file
+from bridge.training.checkpointing.files import sync_directory, write_file
 from bridge.training.checkpointing.formats import Format, PayloadWrite
 from bridge.training.checkpointing.formats.objects import is_object_file, object_sidecar
 from bridge.training.checkpointing.formats.planning import SavePlanning
-from bridge.training.checkpointing.formats.prepared import prepare
+from bridge.training.checkpointing.formats.prepared import prepare, share_out
 from bridge.training.checkpointing.formats.strategies import Backend, write_backend
 from bridge.training.checkpointing.formats.torch_dist import load, read_common
 from bridge.training.checkpointing.formats.zarr_arrays import ArrayWrite, write_arrays
@@ -44,6 +44,7 @@ from bridge.training.checkpointing.formats.zarr_reading import (
     ZarrLoadShardedStrategy,
 )
 from bridge.training.checkpointing.integrity import FileRecord
+from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import COMMON, DATALOADER_DIRECTORY, MCORE_METADATA, TOKENIZER_DIRECTORY
 from bridge.training.checkpointing.sidecar import Sidecar
 
@@ -68,11 +69,13 @@ def plan_save(
     parallelization_group: Any | None = None,
     preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     assume_constant_structure: bool = False,
+    io_backend: IoBackend = "direct",
 ) -> tuple[PayloadWrite, SavePlanning]:
     """Plan a save, as `formats.PlanSave` says. Collective.
 
     The values are not copied: nothing may change them before the write has ended, which has to run in this process.
     """
+    del io_backend
     planning = strategy or SavePlanning()
     prepared = prepare(
         state_dict,
@@ -82,15 +85,14 @@ def plan_save(
         writers_per_rank=writers_per_rank,
         group=parallelization_group,
         preprocess_common=preprocess_common,
-        reuse=assume_constant_structure,
+        expects_change=not assume_constant_structure,
     )
     verdict, plan = prepared.verdict, planning.plan
     if plan is None or not verdict.planned:
-        plan = make_plan(
-            prepared.sharded, ranks, job=verdict.job, group=parallelization_group, validate=not verdict.valid
-        )
-    planning.remember(prepared.structure, verdict, plan if assume_constant_structure else None)
-    state = list(nested_values(prepared.sharded))
+        share_out(prepared, parallelization_group, ranks)
+        plan = make_plan(prepared.state, ranks, job=verdict.job)
+    planning.note(prepared.structure, verdict, plan)
+    state = prepared.state
     objects = ranks.run("serializing the objects", lambda: _objects(state))
     planned = _Planned(directory, plan.writes(state), writers_per_rank)
     return PayloadWrite(planned.write, planned.finish, (*prepared.sidecars, *objects)), planning
@@ -141,15 +143,19 @@ class ZarrSaveShardedStrategy(SaveShardedStrategy):  # type: ignore[misc]
             CheckpointSaveError: a rank cannot write. Every rank raises.
         """
         ranks, directory = Ranks.current(), Path(checkpoint_dir)
-        plan = make_plan(sharded_state_dict, ranks, job="", group=None, validate=False)
         state = list(nested_values(sharded_state_dict))
+        plan = make_plan(state, ranks, job="")
 
         def write() -> None:
-            write_arrays(directory, plan.writes(state), writers=1)
+            written = list(write_arrays(directory, plan.writes(state), writers=1))
             for sidecar in _objects(state):
                 path = directory / sidecar.name
                 path.parent.mkdir(exist_ok=True)
                 write_file(path, sidecar.data)
+                written.append(sidecar.name)
+            # Nobody else does it where megatron-core, and not this program, makes the checkpoint.
+            for parent in {parent for name in written for parent in PurePath(name).parents}:
+                sync_directory(directory / parent)
 
         ranks.run("writing the arrays", write)
 

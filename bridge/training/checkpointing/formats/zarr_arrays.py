@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -219,6 +220,12 @@ class ArrayRead:
     target: torch.Tensor
     """On any device, of any type that the values can be converted to, in the box's shape."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the chunks that have to be read for it, however little of them it takes."""
+        chunk = math.prod(self.array.chunk_shape) * self.array.dtype.itemsize
+        return self.box.count_chunks(self.array.chunk_shape) * chunk
+
 
 def read_arrays(reads: Sequence[ArrayRead]) -> None:
     """Read each part into its target. Local.
@@ -228,7 +235,7 @@ def read_arrays(reads: Sequence[ArrayRead]) -> None:
     """
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
     opened: dict[Path, Any] = {}
-    for batch in _read_batches(reads):
+    for batch in read_batches(reads):
         begun: list[tuple[ArrayRead, Any, Any]] = []
         with _waiting_for_all() as pending:
             for read in batch:
@@ -240,17 +247,18 @@ def read_arrays(reads: Sequence[ArrayRead]) -> None:
             _finish_reads(begun)
 
 
-def _read_batches(reads: Sequence[ArrayRead]) -> Iterator[list[ArrayRead]]:
-    """What is read at the same time: a limited number of bytes."""
+def read_batches(reads: Sequence[ArrayRead], limit: int = _PENDING_BYTES) -> Iterator[list[ArrayRead]]:
+    """What is read at the same time, without what is empty: a limited number of bytes, if no single read takes more."""
     batch: list[ArrayRead] = []
     size = 0
     for read in (read for read in reads if not read.box.is_empty):
-        batch.append(read)
-        size += read.target.nbytes
-        if size > _PENDING_BYTES:
+        if batch and size + read.size > limit:
             yield batch
             batch, size = [], 0
-    yield batch
+        batch.append(read)
+        size += read.size
+    if batch:
+        yield batch
 
 
 def open_stored(array: StoredArray, context: Any | None = None) -> Any:

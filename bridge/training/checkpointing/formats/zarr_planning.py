@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import CheckpointSaveError
 from bridge.training.checkpointing.formats.names import directory_name
-from bridge.training.checkpointing.formats.prepared import share_out
 from bridge.training.checkpointing.formats.zarr_arrays import ArraySpec, ArrayWrite
 from bridge.training.checkpointing.formats.zarr_grid import Box, GridError, Part, choose_chunks
 from bridge.training.checkpointing.formats.zarr_metadata import stored_type
@@ -59,22 +57,17 @@ class _Held:
     boxes: tuple[Box, ...]
 
 
-def make_plan(sharded: dict[str, Any], ranks: Ranks, *, job: str, group: Any | None, validate: bool) -> ZarrPlan:
+def make_plan(state: Sequence[Any], ranks: Ranks, *, job: str) -> ZarrPlan:
     """Plan a save. Collective.
 
     Args:
-        sharded: this rank's shards; their replica ids are changed to what this rank writes.
+        state: this rank's shards and objects; main replicas are written.
         ranks: all ranks.
         job: the fingerprint of the ranks' structures.
-        group: replicas within this group share the writing; None: the main replica writes.
-        validate: check what the sharing out has made of the sharding.
 
     Raises:
         CheckpointSaveError: a tensor's type has no form in Zarr, or its shards lie too irregularly. Every rank raises.
     """
-    if group is not None:
-        share_out(sharded, group, ranks, validate=validate)
-    state = list(nested_values(sharded))
     held = ranks.run("planning what this rank writes", lambda: _held(state))
     gathered = ranks.gather_first("collecting what every rank writes", held)
     chunks = ranks.first("dividing the arrays into chunks", lambda: _divide(gathered or []))

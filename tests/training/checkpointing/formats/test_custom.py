@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import base
 
 from bridge.training.checkpointing.errors import CheckpointMismatchError
+from bridge.training.checkpointing.events.file import read_events
+from bridge.training.checkpointing.events.kinds import SaveCommitted
 from bridge.training.checkpointing.formats.registry import format_named
 from tests.distributed.launch import init_ranks, run_ranks
 from tests.training.checkpointing.formats import zarr_states as states
 from tests.training.tiny import run_to_end, tiny_config
 
+PAUSE = 0.2
 PAGE = Path(__file__).resolve().parents[4] / "docs" / "formats.md"
 
 
@@ -49,6 +53,8 @@ def test_it_resumes_bit_for_bit(package: Path) -> None:
     # By its backend's name, which the program has registered.
     by_name = json.loads((package / "by-name" / "iter_0000004" / "manifest.json").read_text())
     assert by_name["checkpoint_format"] == "flat"
+    (saved,) = [event for event in read_events(package / "by-name").events if isinstance(event, SaveCommitted)]
+    assert saved.write_seconds is not None and saved.write_seconds >= PAUSE  # the strategy writes while it is planned
 
 
 def train_and_resume(package: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,7 +65,12 @@ def train_and_resume(package: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     continued = run_to_end(tiny_config(checkpoint={"load": str(package / "runs"), "ckpt_step": 2, **named}))
     from mypackage.flat import FlatSave
 
-    base.register_default_strategy(base.StrategyAction.SAVE_SHARDED, "flat", 1, FlatSave())
+    class Slow(FlatSave):  # type: ignore[misc]
+        def save(self, *arguments: Any) -> Any:
+            time.sleep(PAUSE)
+            return super().save(*arguments)
+
+    base.register_default_strategy(base.StrategyAction.SAVE_SHARDED, "flat", 1, Slow())
     again = {"load": str(package / "runs"), "ckpt_step": 2, "save": str(package / "by-name"), "ckpt_format": "flat"}
     assert run_to_end(tiny_config(checkpoint=again))["digests"] == whole["digests"]
     return continued, whole

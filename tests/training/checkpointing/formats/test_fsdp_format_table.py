@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 
 from bridge.training.config import ConfigError
-from bridge.training.config.loading import load_config
 from tests.distributed.launch import init_ranks, run_ranks
-from tests.training import fsdp, tiny
+from tests.training import fsdp, tiny, torch_fsdp2
 from tests.training.tiny import tiny_config
 
 SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
 DDP = {"use_distributed_optimizer": False}
 DISTRIBUTED_OPTIMIZER = {"use_distributed_optimizer": True}
 MEGATRON_FSDP = {"use_megatron_fsdp": True}
+TORCH_FSDP2 = {"use_distributed_optimizer": False, "grad_reduce_in_fp32": True}
+"""Of `ddp`; with it goes `dist.use_torch_fsdp2`."""
 
 TICKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "torch_dist, DDP": (DDP, {"ckpt_format": "torch_dist"}),
@@ -25,6 +26,9 @@ TICKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zarr, DDP": (DDP, {"ckpt_format": "zarr"}),
     "zarr, distributed optimizer": (DISTRIBUTED_OPTIMIZER, {"ckpt_format": "zarr"}),
     "fsdp_dtensor, Megatron FSDP": (MEGATRON_FSDP, {"ckpt_format": "fsdp_dtensor"}),
+    "torch_dist, torch FSDP2": (TORCH_FSDP2, {"ckpt_format": "torch_dist"}),
+    "torch_dist, torch FSDP2, async": (TORCH_FSDP2, {"ckpt_format": "torch_dist", "async_save": True}),
+    "zarr, torch FSDP2": (TORCH_FSDP2, {"ckpt_format": "zarr"}),
 }
 """Settings of `ddp` and `checkpoint`."""
 
@@ -119,11 +123,61 @@ FURTHER_CROSSES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
 """What else Megatron FSDP does not go together with: settings, and the refusal."""
 
 
+TORCH_FSDP2_CROSSES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
+    "a distributed optimizer": (
+        {"ddp": {"use_distributed_optimizer": True}},
+        "ddp.use_distributed_optimizer: true does not work with dist.use_torch_fsdp2, which shards the optimizer's "
+        "state itself; set it to false",
+    ),
+    "gradients of another precision": (
+        {"model": {"precision": "bf16"}},
+        "ddp.grad_reduce_in_fp32: true does not work with dist.use_torch_fsdp2 and model.precision 'bf16': FSDP2 keeps "
+        "and reduces gradients in bf16; set it to false",
+    ),
+    "a setting of buckets": (
+        {"ddp": {"overlap_grad_reduce": True}},
+        "ddp.overlap_grad_reduce: true has no effect with dist.use_torch_fsdp2; leave it at false",
+    ),
+    "pipeline stages": (
+        {"model": {"pipeline_model_parallel_size": 2}},
+        "model.pipeline_model_parallel_size: 2 does not work with dist.use_torch_fsdp2; set it to 1",
+    ),
+    "experts of their own ranks": (
+        {"model": torch_fsdp2.MOE | {"expert_model_parallel_size": 2}},
+        "model.expert_model_parallel_size: 2 does not work with dist.use_torch_fsdp2, which shards experts among the "
+        "same ranks as all else; set it to 1",
+    ),
+    "experts that more ranks share": (
+        {"model": torch_fsdp2.MOE | {"expert_tensor_parallel_size": 2}},
+        "model.expert_tensor_parallel_size: 2 does not work with dist.use_torch_fsdp2, which shards experts among the "
+        "same ranks as all else; leave it at null",
+    ),
+    "shared embeddings": (
+        {"model": {"share_embeddings_and_output_weights": True}},
+        "model.share_embeddings_and_output_weights: true does not work with dist.use_torch_fsdp2, which gathers the "
+        "embedding for its own layer only; set it to false",
+    ),
+    "fp16": (
+        {"model": {"precision": "fp16"}, "optimizer": {"loss_scale": 1.0}},
+        "model.precision: 'fp16' does not work with dist.use_torch_fsdp2; set it to 'bf16' or 'fp32'",
+    ),
+    "gradients of megatron-core's own": (
+        {"model": {"transformer_overrides": {"calculate_per_token_loss": True}}},
+        "model.transformer_overrides.calculate_per_token_loss: true does not work with dist.use_torch_fsdp2; "
+        "set it to false",
+    ),
+}
+"""What torch FSDP2 does not go together with: settings, and the refusal."""
+
+
 def run(name: str, **settings: Any) -> dict[str, Any]:
     ddp, checkpoint = TICKS[name]
     iterations = settings.pop("train_iters", 4)
     if ddp is MEGATRON_FSDP:
         return fsdp.run_to_end(fsdp.fsdp_config(train_iters=iterations, model=SMALL, **settings))
+    if ddp is TORCH_FSDP2:
+        chosen = (checkpoint if settings else {}) | settings
+        return torch_fsdp2.run_to_end(torch_fsdp2.fsdp2_config(train_iters=iterations, **chosen))
     return tiny.run_to_end(
         tiny_config(
             train_iters=iterations,
@@ -135,10 +189,10 @@ def run(name: str, **settings: Any) -> dict[str, Any]:
     )
 
 
-def train_save_load_and_go_on(root: Path) -> dict[str, tuple[bool, bool, int]]:
+def train_save_load_and_go_on(root: Path, names: list[str]) -> dict[str, tuple[bool, bool, int]]:
     init_ranks()
     found = {}
-    for number, name in enumerate(TICKS):
+    for number, name in enumerate(names):
         path = str(root / str(number))
         whole = run(name)
         first = run(name, train_iters=2, save=path)
@@ -149,7 +203,13 @@ def train_save_load_and_go_on(root: Path) -> dict[str, tuple[bool, bool, int]]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(train_save_load_and_go_on, 2, tmp_path_factory.mktemp("ticks"), timeout=300)
+    # Two launches, because the groups of every run stay open.
+    halves = [[name for name in TICKS if ("FSDP2" in name) is wanted] for wanted in (False, True)]
+    found = [
+        run_ranks(train_save_load_and_go_on, 2, tmp_path_factory.mktemp("ticks"), names, timeout=300)
+        for names in halves
+    ]
+    return [first | second for first, second in zip(*found, strict=True)]
 
 
 @pytest.mark.parametrize("name", TICKS)
@@ -175,12 +235,31 @@ def test_what_megatron_fsdp_does_not_go_together_with_is_refused(name: str) -> N
     assert str(refused.value) == message
 
 
-@pytest.mark.parametrize("ckpt_format", ["torch_dist", "zarr", "fsdp_dtensor"])
-def test_torch_fsdp2_is_not_there_with_any_format(ckpt_format: str, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"checkpoint:\n  ckpt_format: {ckpt_format}\n")
-    with pytest.raises(ConfigError, match=r"unknown setting 'dist\.use_torch_fsdp2'"):
-        load_config(recipe, overrides=["dist.use_torch_fsdp2=true"])
+def test_torch_fsdp2_does_not_go_together_with_megatron_fsdp_or_its_format() -> None:
+    cfg = torch_fsdp2.fsdp2_config(ckpt_format="fsdp_dtensor")
+    with pytest.raises(ConfigError) as refused:
+        cfg.validate(world_size=2)
+    assert str(refused.value).splitlines()[-1].strip(" -") == (
+        "dist.use_torch_fsdp2: true does not work with checkpoint.ckpt_format 'fsdp_dtensor'; "
+        "set checkpoint.ckpt_format to 'torch_dist', or this to false"
+    )
+    cfg.ddp.use_megatron_fsdp, cfg.ddp.use_distributed_optimizer = True, True
+    with pytest.raises(ConfigError) as refused:
+        cfg.validate(world_size=2)
+    assert str(refused.value) == (
+        "dist.use_torch_fsdp2: true does not work with ddp.use_megatron_fsdp; set one of them to false"
+    )
+
+
+@pytest.mark.parametrize("name", TORCH_FSDP2_CROSSES)
+def test_what_torch_fsdp2_does_not_go_together_with_is_refused(name: str) -> None:
+    settings, message = TORCH_FSDP2_CROSSES[name]
+    cfg = torch_fsdp2.fsdp2_config(model=torch_fsdp2.MODEL | settings.get("model", {}), ddp=settings.get("ddp"))
+    for setting, value in settings.get("optimizer", {}).items():
+        setattr(cfg.optimizer, setting, value)
+    with pytest.raises(ConfigError) as refused:
+        cfg.validate(world_size=4)
+    assert str(refused.value) == message
 
 
 def load_into_the_other_kind(root: Path) -> dict[str, str]:

@@ -144,6 +144,7 @@ def wanted(place: Place) -> dict[str, Any]:
     template["twice"] = [template["twice"][0], replace(template["twice"][0], data=torch.zeros(9, dtype=torch.int64))]
     template["strided"].data = torch.ones(30, 20).t()
     template["without memory"].data = None
+    template["without memory, again"] = replace(template["without memory"])
     template["padded"] = replace(
         template["padded"],
         data=torch.ones(12, 4),
@@ -207,6 +208,8 @@ def load_in_both_ways(base: Path) -> dict[str, Any]:
             found[f"tp{tp}, {name}: in place"] = [
                 key for key, tensor in flat(loaded).items() if key in memory and tensor.data_ptr() != memory[key]
             ]
+            again = [loaded[key].data_ptr() for key in ("without memory", "without memory, again")]
+            found[f"tp{tp}, {name}: memory of its own"] = again[0] != again[1]
             found[f"tp{tp}, {name}: read once"] = (
                 sum(t.bytes_read for t in two.times),
                 two.summarize_load_times() == summary(two.times),
@@ -246,6 +249,7 @@ def test_it_loads_what_a_plain_load_does_and_reads_one_replica(tmp_path: Path) -
                 assert found.pop(f"tp{tp}, {name}: plain is what was saved")
                 assert found.pop(f"tp{tp}, {name}: equal")
                 assert found.pop(f"tp{tp}, {name}: in place") == []
+                assert found.pop(f"tp{tp}, {name}: memory of its own")
                 assert found.pop(f"tp{tp}, {name}: read once") == (bytes_once(tp), True)
         assert not found
 

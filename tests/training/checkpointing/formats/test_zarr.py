@@ -203,6 +203,31 @@ def load_as_other_types(root: Path) -> None:
         assert torch.equal(loaded[key], of[key].to(dtype))
 
 
+def test_what_is_read_at_a_time_is_limited_by_the_chunks_that_it_takes() -> None:
+    run_ranks(divide_reads, 1)
+
+
+def divide_reads() -> None:
+    from bridge.training.checkpointing.formats.zarr_arrays import ArrayRead, read_batches
+    from bridge.training.checkpointing.formats.zarr_grid import Box
+    from bridge.training.checkpointing.formats.zarr_metadata import StoredArray
+
+    array = StoredArray(Path("array"), (8, 4), torch.float32, 3, (4, 4), 64, ("c",), "/")
+
+    def rows(start: int, count: int) -> ArrayRead:
+        return ArrayRead(array, Box((start, 0), (count, 4)), torch.empty(count, 4))
+
+    # One row takes a chunk of 64 bytes, and two that lie in different chunks take both.
+    reads = [rows(0, 1), rows(1, 1), rows(3, 2), rows(0, 0), rows(7, 1), rows(0, 8)]
+    assert [[read.size for read in batch] for batch in read_batches(reads, limit=128)] == [
+        [64, 64],
+        [128],
+        [64],
+        [128],
+    ]
+    assert list(read_batches([rows(8, 0)])) == []
+
+
 def test_arrays_that_another_program_has_compressed_load(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("zarr")
     shutil.copytree(root / "zarr2", tmp_path / "zarr2")

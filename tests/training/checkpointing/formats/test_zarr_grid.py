@@ -25,6 +25,21 @@ def grid(rows: int, columns: int, counts: tuple[int, int], owner: list[int]) -> 
     ]
 
 
+TOUCHED: dict[str, tuple[Box, tuple[int, ...], int]] = {
+    "a scalar": (Box((), ()), (), 1),
+    "nothing": (Box((4, 0), (0, 8)), (2, 2), 0),
+    "its own chunks": (Box((4, 0), (4, 8)), (2, 8), 2),
+    "corners": (Box((1, 1), (2, 2)), (2, 2), 4),
+    "a little of one": (Box((5, 5), (1, 1)), (4, 4), 1),
+}
+
+
+@pytest.mark.parametrize("name", TOUCHED)
+def test_a_part_touches_so_many_chunks(name: str) -> None:
+    box, chunks, count = TOUCHED[name]
+    assert box.count_chunks(chunks) == count == len(list(box.chunks(chunks)))
+
+
 CHOSEN: dict[str, tuple[tuple[int, ...], list[Part], tuple[int, ...]]] = {
     "a scalar": ((), [Part(0, Box((), ()))], ()),
     "one rank": ((6, 4), grid(6, 4, (1, 1), [0]), (6, 4)),
