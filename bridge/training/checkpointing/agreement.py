@@ -8,25 +8,31 @@ their own, so they never mix with training's collectives and work beside NCCL.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
+import uuid
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from bridge.training.checkpointing.errors import (
+    DAMAGE,
     ERRORS_BY_NAME,
     CheckpointError,
     RankLostError,
     UnsafeCheckpointError,
     is_storage_failure,
 )
+from bridge.training.checkpointing.meeting import Meeting
 
 T = TypeVar("T")
+U = TypeVar("U")
 logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(hours=2)
@@ -38,6 +44,7 @@ wait here for one that has much.
 
 _ROLL_CALL_SECONDS = 3.0
 _UNSAFE = UnsafeCheckpointError.__name__
+_DAMAGE = frozenset(error.__name__ for error in DAMAGE)
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,9 @@ class Ranks:
         self._group = group
         self.rank = rank
         self.size = size
+        self._name = ""
         self._meetings = 0
+        self._started = 0
         self._timeout = TIMEOUT
 
     @classmethod
@@ -77,6 +86,9 @@ class Ranks:
         ranks = _of_group.get(default)
         if ranks is None:
             ranks = cls(dist.new_group(backend="gloo", timeout=TIMEOUT), dist.get_rank(), dist.get_world_size())
+            # The store may outlive the group, with all that was said in it before.
+            ranks._name = ranks.first("naming the ranks", lambda: uuid.uuid4().hex)
+            ranks._meetings = 0
             _of_group[default] = ranks
         return ranks
 
@@ -102,14 +114,28 @@ class Ranks:
         Raises:
             CheckpointError: `action` raised on some rank. Every rank raises, with the type of the lowest
                 failing rank's error if that is one of ours, and a message that names the failing ranks (where
-                all of them failed for the same reason, only the reason).
+                all of them failed for the same reason, only the reason). That a checkpoint is damaged is only said
+                if all failing ranks say so.
         """
         result, error = _attempt(action)
-        failure = None if error is None else Failure.of(self.rank, error)
-        failures = [f for f in self.gather_all(phase, failure) if f is not None]
-        if failures:
+        # One number says that all went well, which is nearly always all there is to say.
+        if not self.same(phase, None if error is not None else ""):
+            failure = None if error is None else Failure.of(self.rank, error)
+            failures = [f for f in self.gather_all(phase, failure) if f is not None]
             raise _combined(phase, failures, self.size) from error
         return result  # type: ignore[return-value]
+
+    def collect(self, phase: str, action: Callable[[], T]) -> list[T]:
+        """Run `action` on every rank and return all results, by rank, on every rank. Raises as `run`.
+
+        One meeting instead of the two of `run` and `gather_all`. Results are pickled: keep them small.
+        """
+        result, error = _attempt(action)
+        told = self.gather_all(phase, (None if error is None else Failure.of(self.rank, error), result))
+        failures = [failure for failure, _ in told if failure is not None]
+        if failures:
+            raise _combined(phase, failures, self.size) from error
+        return [value for _, value in told]  # type: ignore[misc]
 
     def first(self, phase: str, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and return its result on every rank; its error is raised on every rank.
@@ -124,12 +150,45 @@ class Ranks:
         if self._group is not None:
             self._meet(phase, lambda: dist.broadcast_object_list(message, src=0, group=self._group))
         if isinstance(message[0], Failure):
-            failure = message[0]
-            known = ERRORS_BY_NAME.get(failure.kind)
-            agreed = known(failure.message) if known else CheckpointError(f"{phase}: {failure.text()}")
-            agreed.in_storage = failure.in_storage
-            raise agreed from error
+            raise _agreed(phase, message[0]) from error
         return message[0]  # type: ignore[no-any-return]
+
+    def decide(self, phase: str, action: Callable[[], T], decision: Callable[[list[T]], list[U]]) -> U:
+        """Run `action` on every rank and let rank 0 decide on all results: one gather and one scatter.
+
+        Args:
+            phase: what this is, for messages.
+            action: as for `run`.
+            decision: called on rank 0 with the results by rank; returns what each rank is to get.
+
+        Returns:
+            This rank's part of the decision.
+
+        Raises:
+            CheckpointError: `action` raised on some rank, as `run` raises it, or `decision` did, as `first` raises it.
+        """
+        result, error = _attempt(action)
+        told = self.gather_first(phase, (None if error is None else Failure.of(self.rank, error), result))
+        parts: list[Any] = [None] * self.size
+        if told is not None:
+            failures = [failure for failure, _ in told if failure is not None]
+            decided = None
+            if not failures:
+                decided, error = _attempt(lambda: decision([value for _, value in told]))  # type: ignore[misc]
+            refused = None if failures or error is None else Failure.of(0, error)
+            parts = [(failures, refused, part) for part in (decided or parts)]
+        if self._group is not None:
+            own: list[Any] = [None]
+            given = parts if self.is_first else None
+            self._meet(phase, lambda: dist.scatter_object_list(own, given, src=0, group=self._group))
+        else:
+            own = parts
+        failures, refused, part = own[0]
+        if failures:
+            raise _combined(phase, failures, self.size) from error
+        if refused is not None:
+            raise _agreed(phase, refused) from error
+        return part  # type: ignore[no-any-return]
 
     def gather_all(self, phase: str, value: T) -> list[T]:
         """Every rank's value, by rank, on every rank. Values are pickled: keep them small."""
@@ -151,6 +210,25 @@ class Ranks:
         """Whether `flag` is true on every rank; the same answer on every rank."""
         return all(self.gather_all(phase, flag))
 
+    def same(self, phase: str, value: str | None) -> bool:
+        """Whether all ranks have the same text, which is not None; the same answer on every rank.
+
+        The smallest of all exchanges: 24 bytes, however many ranks there are.
+        """
+        if self._group is None:
+            return value is not None
+        number = 0 if value is None else int(hashlib.sha256(value.encode()).hexdigest()[:15], 16)
+        told = torch.tensor([value is not None, number, -number], dtype=torch.int64, device="cpu")
+        self._meet(phase, lambda: dist.all_reduce(told, dist.ReduceOp.MIN, group=self._group))
+        is_there, least, greatest = told.tolist()
+        return bool(is_there) and least == -greatest
+
+    def meeting(self) -> Meeting:
+        """A way to agree on the step at which all ranks do something together. All ranks make theirs together."""
+        self._started += 1
+        store = None if self._group is None else dist.distributed_c10d._get_default_store()
+        return Meeting(store, f"bridge/{self._name}/meeting/{self._started}", self.rank, self.size)
+
     def _meet(self, phase: str, collective: Callable[[], Any]) -> None:
         self._meetings += 1
         try:
@@ -164,7 +242,7 @@ class Ranks:
         missing, was_asked = set(range(self.size)) - {self.rank}, False
         try:
             store = dist.distributed_c10d._get_default_store()
-            prefix = f"bridge/roll_call/{self._meetings}"
+            prefix = f"bridge/{self._name}/roll_call/{self._meetings}"
             store.set(f"{prefix}/{self.rank}", "here")
             deadline = time.monotonic() + _ROLL_CALL_SECONDS
             while missing and time.monotonic() < deadline:
@@ -197,16 +275,32 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
+def _agreed(phase: str, failure: Failure) -> CheckpointError:
+    """What every rank raises where rank 0 has failed for all."""
+    known = ERRORS_BY_NAME.get(failure.kind)
+    agreed = known(failure.message) if known else CheckpointError(f"{phase}: {failure.text()}")
+    agreed.in_storage = failure.in_storage
+    return agreed
+
+
 def _combined(phase: str, failures: list[Failure], size: int) -> CheckpointError:
     error = _worded(phase, failures, size)
     error.in_storage = all(failure.in_storage for failure in failures)
     return error
 
 
-def _worded(phase: str, failures: list[Failure], size: int) -> CheckpointError:
+def _kind_of(kinds: list[str]) -> str:
+    """The kind of error that all ranks raise, by those of the ranks that failed."""
     # That somebody may be attacking the run must not be hidden by a rank that could not read.
-    kinds = [failure.kind for failure in failures]
-    known = ERRORS_BY_NAME.get(_UNSAFE if _UNSAFE in kinds else kinds[0])
+    if _UNSAFE in kinds:
+        return _UNSAFE
+    # Damage leads to a mark and an older checkpoint. A rank in trouble of its own (memory, open files) shows that
+    # something else may be wrong, and that is for the user to decide about.
+    return next((kind for kind in kinds if kind not in _DAMAGE), kinds[0])
+
+
+def _worded(phase: str, failures: list[Failure], size: int) -> CheckpointError:
+    known = ERRORS_BY_NAME.get(_kind_of([failure.kind for failure in failures]))
     by_text: dict[str, list[int]] = {}
     for failure in failures:
         by_text.setdefault(failure.text(), []).append(failure.rank)

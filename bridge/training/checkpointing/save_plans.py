@@ -13,7 +13,10 @@ from bridge.training.checkpointing.collecting import LiveObjects, collect
 from bridge.training.checkpointing.contents.extra_state import is_model_section
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
+from bridge.training.checkpointing.formats import Format
+from bridge.training.checkpointing.formats.planning import SavePlanning
 from bridge.training.checkpointing.formats.registry import format_named
+from bridge.training.checkpointing.io.background_writer import BACKGROUND_WRITER, BackgroundWriter
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.room import (
     has_room_for_recent_size,
@@ -29,6 +32,9 @@ from bridge.training.checkpointing.transaction import Committed, Save, SaveTarge
 
 SAVE_STRATEGY = "save_strategy"
 """Key of the checkpointing context: what the format keeps between saves."""
+
+SAVE_FORMAT = "save_format"
+"""Key of the checkpointing context: the name of the format that saves have, and the format."""
 
 SNAPSHOT_STRUCTURE = "local_checkpoint_cache"
 """Key of the checkpointing context: how ranks share the state in local and in-memory checkpoints."""
@@ -72,7 +78,7 @@ def plan_save(job: SaveJob, ranks: Ranks) -> SaveTask:
 def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
     target, cfg, groups, policy = job.target, job.cfg, job.live.groups, FailurePolicy.of(job.cfg)
     room = room_for(target, job.live.state, job.context)
-    form = ranks.run("finding the format", lambda: format_named(cfg.ckpt_format))
+    form = _format(job, ranks)
     target = replace(target, checkpoint_format=form.name)
 
     def begin() -> tuple[Path, bool]:
@@ -96,11 +102,12 @@ def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
             staging,
             contents.content_metadata,
             ranks,
-            strategy=job.context.get(SAVE_STRATEGY),
+            strategy=job.context.get(SAVE_STRATEGY) or _first_planning(job.live.state),
             writers_per_rank=cfg.storage_writers_per_rank,
             parallelization_group=groups.dp_cp if cfg.fully_parallel_save else None,
             preprocess_common=job.preprocess_common,
             assume_constant_structure=cfg.ckpt_assume_constant_structure,
+            io_backend=cfg.io_backend,
         )
         metrics = numbers_among(job.live.state.metrics)
         return Save(
@@ -115,11 +122,33 @@ def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
             policy=policy,
             start=job.start,
             checksum=cfg.checksum,
+            writer=_writer_of(job.context) if cfg.async_save and cfg.io_backend == "direct" else None,
         )
     except BaseException:
         if ranks.is_first:
             commit.abandon(staging)
         raise
+
+
+def _format(job: SaveJob, ranks: Ranks) -> Format:
+    """The format of `checkpoint.ckpt_format`. Collective, the first time."""
+    name: str = job.cfg.ckpt_format
+    known = job.context.get(SAVE_FORMAT)
+    if known is None or known[0] != name:
+        known = job.context[SAVE_FORMAT] = name, ranks.run("finding the format", lambda: format_named(name))
+        job.context.pop(SAVE_STRATEGY, None)  # a plan is of the format that made it
+    found: Format = known[1]
+    return found
+
+
+def _first_planning(state: Any) -> SavePlanning:
+    """For the first save of a start. Where it goes on from a checkpoint, that one's plan may serve again."""
+    return SavePlanning(None if state.loaded_from is None else Path(state.loaded_from))
+
+
+def _writer_of(context: dict[str, Any]) -> BackgroundWriter:
+    writer: BackgroundWriter = context.setdefault(BACKGROUND_WRITER, BackgroundWriter())
+    return writer
 
 
 def _plan_snapshots(job: SaveJob, tier: RankLocalTier, ranks: Ranks) -> SaveTask:

@@ -1,5 +1,6 @@
 """Ranks act as one: results, errors and lost ranks, on real gloo ranks."""
 
+import errno
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import (
     CheckpointDamagedError,
     CheckpointError,
+    CheckpointMismatchError,
     CheckpointNotFoundError,
     UnsafeCheckpointError,
 )
@@ -122,6 +124,46 @@ def test_an_unsafe_file_is_not_hidden_by_damage_on_another_rank() -> None:
 
     found = ("UnsafeCheckpointError", "reading failed on rank 0: it is torn; rank 1: it runs code")
     assert run_ranks(act, 2) == [found, found]
+
+
+def mixed_failures() -> list[tuple[str, str]]:
+    init_ranks()
+    ranks = Ranks.current()
+
+    def fail_with(*errors: Exception | None) -> None:
+        error = errors[ranks.rank]
+        if error is not None:
+            raise error
+
+    torn, short = CheckpointDamagedError("it is torn"), CheckpointDamagedError("it is short")
+    trouble = (OSError(errno.EMFILE, "too many open files"), MemoryError("no memory"))
+    tried = [(torn, short), (torn, trouble[0]), (trouble[1], torn), (torn, CheckpointMismatchError("other keys"))]
+    found = [outcome(lambda errors=errors: ranks.run("reading", lambda: fail_with(*errors))) for errors in tried]
+    return [*found, outcome(lambda: ranks.collect("looking", lambda: fail_with(None, trouble[1])))]
+
+
+def test_damage_is_only_said_if_all_failing_ranks_say_so() -> None:
+    expected = [
+        ("CheckpointDamagedError", "reading failed on rank 0: it is torn; rank 1: it is short"),
+        (
+            "CheckpointError",
+            "reading failed on rank 0: it is torn; rank 1: OSError: [Errno 24] too many open files",
+        ),
+        ("CheckpointError", "reading failed on rank 0: MemoryError: no memory; rank 1: it is torn"),
+        ("CheckpointMismatchError", "reading failed on rank 0: it is torn; rank 1: other keys"),
+        ("CheckpointError", "looking failed on rank 1: MemoryError: no memory"),
+    ]
+    assert run_ranks(mixed_failures, 2) == [expected, expected]
+
+
+def collected() -> list[str]:
+    init_ranks()
+    ranks = Ranks.current()
+    return ranks.collect("asking", lambda: f"rank {ranks.rank}")
+
+
+def test_what_is_collected_is_the_same_on_every_rank() -> None:
+    assert run_ranks(collected, 2) == [["rank 0", "rank 1"]] * 2
 
 
 def test_a_single_process_needs_no_torch_distributed() -> None:

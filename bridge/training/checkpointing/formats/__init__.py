@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.integrity import FileRecord
+from bridge.training.checkpointing.io.elsewhere import Shards
 from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.sidecar import Sidecar
+
+if TYPE_CHECKING:
+    from bridge.training.checkpointing.formats.direct import DirectWrite
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class PayloadWrite:
     finish: Callable[[list[Any]], list[str]]
     sidecars: tuple[Sidecar, ...] = ()
     """Small files that belong to the format; this rank writes them with its others."""
+    direct: DirectWrite | None = None
+    """What `write` writes, where it can also be copied and written by another process."""
+    seconds: float = 0.0
+    """For which this rank has written already, while it planned."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class PlanSave(Protocol):
         parallelization_group: Any | None = None,
         preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         assume_constant_structure: bool = False,
+        io_backend: IoBackend = "direct",
     ) -> tuple[PayloadWrite, Any]:
         """Plan a save of `state_dict` into `directory` and write nothing that a later failure could leave behind.
 
@@ -80,6 +89,7 @@ class PlanSave(Protocol):
             parallelization_group: replicas within this group share the writing; None: the main replica writes.
             preprocess_common: as megatron-core's `preprocess_common_before_consistancy_check`.
             assume_constant_structure: the plan may be kept for the next save, where the format keeps plans.
+            io_backend: who writes the files, where the format has a choice.
 
         Returns:
             The planned write, and what to pass as `strategy` to the next call.
@@ -119,6 +129,35 @@ class Load(Protocol):
         """
 
 
+class LoadFrom(Protocol):
+    """Loads from a checkpoint whose shards are elsewhere. Collective."""
+
+    def __call__(
+        self,
+        template: dict[str, Any],
+        directory: Path,
+        ranks: Ranks,
+        *,
+        strictness: str,
+        parallelization_group: Any | None = None,
+        validate_access: bool = True,
+        io_backend: IoBackend = "direct",
+        shards: Shards | None = None,
+    ) -> Loaded:
+        """As `Load`.
+
+        Args:
+            template: as there.
+            directory: the checkpoint, without shards.
+            ranks: all ranks.
+            strictness: as there.
+            parallelization_group: as there.
+            validate_access: as there.
+            io_backend: as there.
+            shards: the others.
+        """
+
+
 @dataclass(frozen=True)
 class Format:
     """One format: what a module of this package provides under the name `FORMAT`."""
@@ -133,3 +172,5 @@ class Format:
     """Names of the files that every whole checkpoint of the format has."""
     is_shard: Callable[[str], bool]
     """Whether a file, by its path inside the checkpoint, holds values: as a rule too large to read it only to check."""
+    load_from: LoadFrom | None = None
+    """As `load`, where the shards are not in the directory; None where the format cannot do without them there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from bridge.training.checkpointing.formats.prepared import prepare, share_out
 from bridge.training.checkpointing.formats.strategies import Backend, has_load_strategy, save_strategy, write_backend
 from bridge.training.checkpointing.formats.torch_dist import load, read_common
 from bridge.training.checkpointing.integrity import FileRecord
+from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import COMMON, MCORE_METADATA, RUN_CONFIG, TRAIN_STATE
 from bridge.training.checkpointing.sidecar import Sidecar
 
@@ -96,11 +98,13 @@ def _plan_save(
     parallelization_group: Any | None = None,
     preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     assume_constant_structure: bool = False,
+    io_backend: IoBackend = "direct",
 ) -> tuple[PayloadWrite, SavePlanning]:
     """Let a strategy save, as `formats.PlanSave` says. Collective.
 
     A strategy may talk to other ranks, so it does its work here, where all ranks are together.
     """
+    del io_backend
     planning = strategy or SavePlanning()
     prepared = prepare(
         state_dict,
@@ -110,16 +114,17 @@ def _plan_save(
         writers_per_rank=writers_per_rank,
         group=parallelization_group,
         preprocess_common=preprocess_common,
-        reuse=assume_constant_structure,
+        expects_change=not assume_constant_structure,
     )
-    if parallelization_group is not None:
-        share_out(prepared.sharded, parallelization_group, ranks, validate=not prepared.verdict.valid)
-    planning.remember(prepared.structure, prepared.verdict, None)
+    share_out(prepared, parallelization_group, ranks)
+    planning.note(prepared.structure, prepared.verdict, None)
     sharded, objects = ranks.run("serializing the objects", lambda: _without_objects(prepared.sharded, of))
+    begun = time.monotonic()
     ranks.run(f"saving with {of}", lambda: of.save(sharded, directory))
+    seconds = time.monotonic() - begun
     files = ranks.first("listing what was saved", lambda: _files_in(directory))
     planned = _Saved(directory, files, Backend(of.backend, of.version))
-    return PayloadWrite(planned.write, planned.finish, (*prepared.sidecars, *objects)), planning
+    return PayloadWrite(planned.write, planned.finish, (*prepared.sidecars, *objects), seconds=seconds), planning
 
 
 def _without_objects(sharded: dict[str, Any], strategy: Any) -> tuple[dict[str, Any], Sequence[Sidecar]]:

@@ -26,9 +26,12 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.checksums import DEFAULT
 from bridge.training.checkpointing.errors import CheckpointSaveError
 from bridge.training.checkpointing.formats import Format, Loaded, PayloadWrite
+from bridge.training.checkpointing.formats.direct import DirectWrite
 from bridge.training.checkpointing.formats.fsdp_dtensor_reading import Values, read_objects, read_values
 from bridge.training.checkpointing.formats.writing import write_buckets
 from bridge.training.checkpointing.integrity import FileRecord
+from bridge.training.checkpointing.io.framing import Frames
+from bridge.training.checkpointing.io.image import FileContents
 from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import PAYLOAD_METADATA
 from bridge.training.checkpointing.safety.payload_metadata import read_payload_metadata
@@ -60,16 +63,17 @@ def plan_save(
     parallelization_group: Any | None = None,
     preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     assume_constant_structure: bool = False,
+    io_backend: IoBackend = "direct",
 ) -> tuple[PayloadWrite, Any]:
-    """Plan a save of a preprocessed state dict, and copy what this rank writes of it into host memory.
+    """Plan a save of a preprocessed state dict; with the `stock` backend, copy what this rank writes to host memory.
 
     The arguments are those of `formats.PlanSave`. Each shard has one writer by nature, so there is nothing to share
-    out, and nothing is kept for the next save.
+    out, and no plan is kept for the next save.
 
     Raises:
         CheckpointSaveError: the shards of the ranks do not make up whole tensors.
     """
-    del strategy, parallelization_group, preprocess_common, assume_constant_structure
+    del parallelization_group, preprocess_common, assume_constant_structure
     planner = _planner(ranks.is_first)
 
     def list_own() -> SavePlan:
@@ -83,11 +87,19 @@ def plan_save(
     left_out = ranks.first("sharing out the writing", lambda: joined.left_out if joined is not None else [])
     others = set(left_out[ranks.rank])
     items = [item for index, item in enumerate(own.items) if index not in others]
+    stock = io_backend == "stock"
     buckets = ranks.run(
-        "copying what this rank writes", lambda: _stage(planner, items, directory, ranks.rank, writers_per_rank)
+        "taking what this rank writes",
+        lambda: _take(planner, items, directory, ranks.rank, writers_per_rank, copy=stock),
     )
     planned = _Planned(buckets, directory, None if joined is None else joined.metadata)
-    return PayloadWrite(planned.write, planned.finish), None
+    if stock:
+        return PayloadWrite(planned.write, planned.finish), None
+    frames = strategy if isinstance(strategy, Frames) else Frames()
+    direct = ranks.run(
+        "laying out what this rank writes", lambda: DirectWrite.of(map(_contents_of, buckets), directory, frames)
+    )
+    return PayloadWrite(direct.write, planned.finish, direct=direct), frames
 
 
 def load(
@@ -178,7 +190,18 @@ def _join(planner: DefaultSavePlanner, gathered: list[SavePlan]) -> _Joined:
     return _Joined(metadata, left_out)
 
 
-def _stage(planner: DefaultSavePlanner, items: Iterable[Any], directory: Path, rank: int, files: int) -> list[Any]:
+def _contents_of(bucket: Any) -> FileContents:
+    _, name, (objects, tensors) = bucket
+    return FileContents(
+        name,
+        [(item.index, tensor) for item, tensor in tensors],
+        [(item.index, data.getbuffer()) for item, data in objects],
+    )
+
+
+def _take(
+    planner: DefaultSavePlanner, items: Iterable[Any], directory: Path, rank: int, files: int, *, copy: bool
+) -> list[Any]:
     """Buckets of what this rank writes, as megatron-core's writer has them: path, name, (objects, tensors)."""
     buckets: list[Any] = []
     sizes = [0] * files
@@ -194,9 +217,9 @@ def _stage(planner: DefaultSavePlanner, items: Iterable[Any], directory: Path, r
             sizes[smallest] += data.getbuffer().nbytes
         else:
             # A shard is a part of a larger buffer, all of which torch would write.
-            host = data.detach().to("cpu", copy=True).contiguous()
-            tensors.append((item, host))
-            sizes[smallest] += host.nbytes
+            values = data.detach().to("cpu", copy=True).contiguous() if copy else data.detach()
+            tensors.append((item, values))
+            sizes[smallest] += values.nbytes
     return [bucket for bucket in buckets if bucket[2][0] or bucket[2][1]]
 
 

@@ -1,42 +1,42 @@
 """Planning a `torch_dist` save: who writes which shard into which file, found out once for a structure.
 
-The plan is megatron-core's, made with its planner and its distribution. Its own way to reuse a plan is not used:
-it compares nothing but the cached plan with itself, so keys that are new never reach the file. Here every save
-compares fingerprints of all ranks' structures first. What is kept of a plan names shards and holds none; a repeated
-save takes each from the new state and does nothing else.
+Rank 0 is told by all ranks what they have, as columns of numbers. It shares out the writing, checks that it makes up
+whole tensors, and tells each rank what to write; that is one gather and one scatter. Each rank then makes its own part
+of the plan, and rank 0 has the whole, of which `.metadata` is made. The plan equals megatron-core's.
+
+A plan depends on nothing but the structure of every rank's state, so it is kept, and later saves compare structures:
+one exchange of a few bytes. megatron-core's own way to reuse a plan is not used: it compares nothing but the cached
+plan with itself, so keys that are new never reach the file. After a load the plan of the loaded checkpoint is used, if
+it was made for the same structure. What is kept of a plan names shards and holds none.
 """
 
 from __future__ import annotations
 
-import copy
-import io
 import logging
-from collections import defaultdict
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
-from megatron.core.dist_checkpointing.mapping import (
-    CheckpointingException,
-    ShardedObject,
-    ShardedTensor,
-    is_main_replica,
-)
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    distribute_main_replicas_with_precomputed_distribution,
-)
-from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
-from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import CheckpointSaveError
-from bridge.training.checkpointing.formats.structure import Structure, Verdict, Vote, decide
+from bridge.training.checkpointing.formats.coverage import double_of, problem_of
+from bridge.training.checkpointing.formats.loaded_plan import Offer, add_up, content_of, offers_of, sum_of_main
+from bridge.training.checkpointing.formats.plan_files import files_of_rank, in_plan_order, stored_table
+from bridge.training.checkpointing.formats.shard_table import Packed, ShardTable, row_of
+from bridge.training.checkpointing.formats.shares import main_replicas, written_by
+from bridge.training.checkpointing.formats.structure import Structure, Verdict, Vote, job_of
+from bridge.training.checkpointing.io.compact import placed, read_compact, write_both
+from bridge.training.checkpointing.io.framing import Frames
+from bridge.training.checkpointing.io.table import Flags, Ints, StoredTable
 
 logger = logging.getLogger(__name__)
 
@@ -52,50 +52,134 @@ class PlannedFile:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where one rank has written its shards, in the order of its plan."""
+
+    count: int
+    packed: bytes
+    """The distances between the beginnings of records and their lengths: 64-bit integers, compressed."""
+
+    @classmethod
+    def of(cls, at: Ints, length: Ints) -> Places:
+        """Of where each record begins, and how long it is, in bytes."""
+        columns = np.concatenate([np.diff(at, prepend=0), length]).astype(np.int64)
+        return cls(len(at), zlib.compress(columns.tobytes(), 1))
+
+    def columns(self) -> tuple[Ints, Ints]:
+        """Where each record begins, and how long it is."""
+        columns = np.frombuffer(zlib.decompress(self.packed), np.int64).reshape(2, self.count)
+        return np.cumsum(columns[0]), columns[1]
+
+
+@dataclass(frozen=True)
 class Plan:
     """This rank's part of a plan. Holds no values and no directory."""
 
     job: str
     """The fingerprint of the ranks' structures that it was made for."""
     files: tuple[PlannedFile, ...]
-    metadata: Any
-    """The global metadata on rank 0, without what a write adds to it; None elsewhere."""
+    numbers: dict[tuple[str, torch.Size | None], int]
+    """The position of every shard in the order of the plan, by key and offset."""
+    whole: StoredTable | None
+    """On rank 0, what all ranks write, without the places that it will have; None elsewhere."""
+
+    def places(self, results: Sequence[Any]) -> Places:
+        """What rank 0 has to know of this rank's torch write results. Local."""
+        if len(results) != len(self.numbers):
+            raise CheckpointSaveError(f"{len(results)} records were written where {len(self.numbers)} were planned")
+        at, length = np.zeros(len(self.numbers), np.int64), np.zeros(len(self.numbers), np.int64)
+        for result in results:
+            number = self.numbers[result.index.fqn, result.index.offset]
+            at[number], length[number] = result.storage_data.offset, result.storage_data.length
+        return Places.of(at, length)
+
+    def reporting(self, write: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Places]]:
+        """A `PayloadWrite.write` that returns places instead of torch's write results."""
+
+        def write_and_report(*arguments: Any) -> tuple[Any, Places]:
+            records, results = write(*arguments)
+            return records, self.places(results)
+
+        return write_and_report
+
+    def finish(self, directory: Path, places: Sequence[Places]) -> list[str]:
+        """Write `.metadata` and what lies beside it, from all ranks' places; rank 0 only.
+
+        Returns:
+            The names of the files.
+        """
+        if self.whole is None:
+            raise CheckpointSaveError("the plan is not whole on this rank; only rank 0 can finish a save")
+        return write_both(placed(self.whole, [part.columns() for part in places]), directory)
 
 
 class SavePlanning:
-    """What is kept between the saves of a run: the structure of the last one, and its plan where it may be reused."""
+    """What is kept between the saves of a run: the structure of the last one, and its plan."""
 
-    def __init__(self) -> None:
+    def __init__(self, loaded: Path | None = None) -> None:
+        """
+        Args:
+            loaded: the checkpoint that the run goes on from, if there is one. Its plan may be used.
+        """
         self._structure: Structure | None = None
         self._validated: str | None = None
         self._plan: Any | None = None
+        self._loaded = loaded
+        self._stored: StoredTable | None = None
+        self.frames = Frames()
+        """What is known of the records of tensors."""
 
     @property
     def plan(self) -> Any | None:
         """The plan to use again, as far as the verdict allows it: of the format's own kind, with its `job`."""
         return self._plan
 
-    def compare(self, structure: Structure, ranks: Ranks, *, reuse: bool) -> Verdict:
-        """Compare this save's structure with the last one's, on all ranks; what has changed is logged. Collective.
+    def take_stored(self) -> StoredTable | None:
+        """On rank 0, what the loaded checkpoint was planned to hold, where the verdict says that it fits. Once only:
+        should it make a save fail, it does not do so again.
+        """
+        stored, self._stored = self._stored, None
+        return stored
 
-        With `reuse`, the verdict may be to use the kept plan again.
+    def unchanged(self, structure: Structure) -> str | None:
+        """The job that the kept plan was made for, if this rank's structure is still the same. Local."""
+        return self._plan.job if self._plan is not None and structure == self._structure else None
+
+    def vote(self, structure: Structure, common: Callable[[], str], ranks: Ranks) -> Vote:
+        """What this rank says where the plan cannot simply be used again. Local.
+
+        Args:
+            structure: of what is to be saved.
+            common: takes the checksum of the state that all ranks share.
+            ranks: all ranks.
         """
         earlier = self._structure
-        change = "" if earlier is None or structure == earlier else structure.change_from(earlier)
-        planned = self._plan.job if reuse and self._plan is not None else None
-        vote = Vote(structure.fingerprint(), self._validated, planned, change)
-        verdict = decide(ranks.gather_all("comparing the structure with that of the save before", vote))
-        if verdict.changes and ranks.is_first:
-            logger.log(
-                logging.WARNING if reuse else logging.INFO,
-                "the structure of what is saved has changed since the save before; planning anew (%s)",
-                "; ".join(verdict.changes),
-            )
-        return verdict
+        same = earlier is not None and structure == earlier
+        # That of the earlier one is known. It belongs to the structure, so nothing that fails in between parts them.
+        fingerprint = earlier.fingerprint if earlier is not None and same else structure.fingerprint
+        planned = self._plan.job if self._plan is not None else None
+        if ranks.is_first and self._loaded is not None:
+            self._stored, self._loaded = _plan_of(self._loaded), None
+        stored = None if self._stored is None else job_of(self._stored.fingerprints)
+        change = "" if earlier is None or same else structure.change_from(earlier)
+        checksum = common() if not same or self._validated is None else ""
+        return Vote(fingerprint, self._validated, planned, change, checksum, stored)
 
-    def remember(self, structure: Structure, verdict: Verdict, plan: Any | None) -> None:
+    def note(self, structure: Structure, verdict: Verdict, plan: Any | None) -> None:
         """Keep what a successful planning has found; `plan` is None where the next save must not use it."""
-        self._structure, self._validated, self._plan = structure, verdict.job, plan
+        if self._validated != verdict.job:
+            self._structure = structure
+        self._validated, self._plan, self._stored, self._loaded = verdict.job, plan, None, None
+
+
+def _plan_of(loaded: Path) -> StoredTable | None:
+    """What a checkpoint was planned to hold; None where it does not say."""
+    try:
+        table = read_compact(loaded)
+    except Exception:  # it has been loaded, so this says nothing about it
+        logger.debug("the plan of %s is not used", loaded, exc_info=True)
+        return None
+    return table if table is not None and table.fingerprints else None
 
 
 def ranks_of(group: Any | None) -> tuple[int, ...] | None:
@@ -103,184 +187,185 @@ def ranks_of(group: Any | None) -> tuple[int, ...] | None:
     return None if group is None else tuple(dist.get_process_group_ranks(group))
 
 
-def make_plan(
-    sharded: dict[str, Any],
-    directory: Path,
-    ranks: Ranks,
-    *,
-    job: str,
-    writers_per_rank: int,
-    group: Any | None,
-    validate: bool,
-) -> tuple[Plan, FileSystemWriterAsync]:
-    """Plan a save and stage it: share out the writing, exchange all ranks' plans, make the metadata. Collective.
+@dataclass(frozen=True)
+class Assignment:
+    """What one rank writes."""
+
+    places: Ints
+    """Positions in its state, ascending."""
+    table: ShardTable | None
+    """On rank 0: the shards of all ranks, and which of them are written."""
+    written: Flags | None
+
+
+def assign(state: Sequence[Any], ranks: Ranks, group: Any | None, *, only_in_grids: bool = False) -> Assignment:
+    """Find out what each rank writes: one replica of each shard. Collective: one gather and one scatter.
 
     Args:
-        sharded: this rank's shards; their replica ids are changed to what this rank writes.
-        directory: an existing directory that only this save uses.
+        state: this rank's shards and objects.
         ranks: all ranks.
-        job: the fingerprint of the ranks' structures.
-        writers_per_rank: files of each rank.
         group: replicas within this group share the writing; None: the main replica writes.
-        validate: check what the sharing out has made of the sharding.
+        only_in_grids: see `shares.written_by`.
 
-    Returns:
-        The plan, and the writer that holds this rank's buckets.
+    Raises:
+        CheckpointSaveError: what is written does not make up whole tensors. Every rank raises.
+    """
+    made: list[tuple[ShardTable, Flags]] = []
+
+    def tell() -> tuple[Packed, tuple[int, ...] | None]:
+        return Packed.of(state), ranks_of(group)
+
+    def share_out(told: list[tuple[Packed, tuple[int, ...] | None]]) -> list[bytes]:
+        table = ShardTable.of([packed for packed, _ in told])
+        groups = [sharing for _, sharing in told]
+        if any(groups):
+            _refuse(double_of(table, main_replicas(table)))
+        written = written_by(table, groups, only_in_grids=only_in_grids)
+        _refuse(problem_of(table, written))
+        made.append((table, written))
+        bounds = np.searchsorted(table.rank, np.arange(1, ranks.size))
+        return [np.packbits(part).tobytes() for part in np.split(written, bounds)]
+
+    flags = ranks.decide("sharing out the writing", tell, share_out)
+    mine = np.unpackbits(np.frombuffer(flags, np.uint8), count=len(state))
+    return Assignment(np.flatnonzero(mine), *(made[0] if made else (None, None)))
+
+
+def _refuse(problem: str | None) -> None:
+    if problem is not None:
+        raise CheckpointSaveError(f"the shards of the ranks do not make up whole tensors: {problem}")
+
+
+def make_plan(
+    state: Sequence[Any], ranks: Ranks, planning: SavePlanning, verdict: Verdict, *, writers: int, group: Any | None
+) -> Plan:
+    """Plan a save, or take up the plan of the checkpoint that was loaded. Collective.
+
+    Args:
+        state: this rank's shards and objects.
+        ranks: all ranks.
+        planning: what is kept between saves.
+        verdict: what the ranks make of their structures.
+        writers: files of each rank.
+        group: replicas within this group share the writing; None: the main replica writes.
 
     Raises:
         CheckpointSaveError: the shards of the ranks do not make up whole tensors.
     """
-    if group is not None:
-        distribution = ranks.run(
-            "sharing out the writing", lambda: determine_main_replica_uniform_distribution(sharded, group)
-        )
-        ranks.run(
-            "taking a share of the writing",
-            lambda: distribute_main_replicas_with_precomputed_distribution(sharded, group, distribution),
-        )
-        if validate:
-            validate_sharding(sharded, None, ranks)
-    planner, writer, local = ranks.run(
-        "planning what this rank writes", lambda: _plan_locally(sharded, directory, writers_per_rank, ranks)
-    )
-    gathered = ranks.gather_first("collecting what every rank writes", local)
-    metadata = ranks.run("joining the plans of all ranks", lambda: _join_plans(planner, gathered))
+    stored = planning.take_stored()
+    plan = _take_up(state, ranks, stored, verdict, writers) if verdict.stored else None
+    if plan is not None:
+        return plan
+    assignment = assign(state, ranks, group)
 
-    def stage() -> Plan:
-        items = writer.prepare_decentralized_global_plan(planner.create_decentralized_global_plan(local))
-        # megatron-core would start a spawned server process here to carry results between processes; they
-        # travel through our own pipes, so any object that is not None keeps it from doing that.
-        filesystem_async._results_queue = filesystem_async._results_queue or object()
-        writer.prepare_write_data(planner.finish_plan(items), planner)
-        files = _files_of(writer.write_buckets or [], list(nested_values(sharded)))
-        _to_host(writer)
-        return Plan(job, files, metadata)
+    def make() -> Plan:
+        whole = None
+        if assignment.table is not None and assignment.written is not None:
+            whole = stored_table(assignment.table, assignment.written, writers, verdict.fingerprints)
+        return _own_plan(state, assignment.places, ranks.rank, writers, verdict.job, whole)
 
-    return ranks.run("staging what this rank writes", stage), writer
+    return ranks.run("planning what this rank writes", make)
 
 
-def reuse_plan(plan: Plan, sharded: dict[str, Any], directory: Path, ranks: Ranks) -> FileSystemWriterAsync:
-    """Stage the values that `sharded` has now by a plan that was made for its structure. Collective."""
+def _take_up(
+    state: Sequence[Any], ranks: Ranks, stored: StoredTable | None, verdict: Verdict, writers: int
+) -> Plan | None:
+    """The plan of a loaded checkpoint, if it holds for what the ranks have. Collective.
 
-    def stage() -> FileSystemWriterAsync:
-        writer = FileSystemWriterAsync(directory)
-        writer.set_up_storage_writer(ranks.is_first)
-        state = list(nested_values(sharded))
-        writer.write_buckets = [
-            (
-                str(directory / file.name),
-                file.name,
-                (
-                    [(item, _serialized([state[place] for place in places])) for item, places in file.objects],
-                    [(item, _stored(state[place])) for item, place in file.tensors],
-                ),
-            )
-            for file in plan.files
-        ]
-        _to_host(writer)
-        return writer
-
-    return ranks.run("staging what this rank writes", stage)
-
-
-def metadata_of(plan: Plan) -> Any:
-    """The metadata for one save. A copy: the writer adds to it, and the plan may serve again."""
-    return copy.copy(plan.metadata)
-
-
-def validate_sharding(sharded: dict[str, Any], common: dict[str, Any] | None, ranks: Ranks) -> None:
-    """Check that the main replicas of all ranks make up whole tensors, once each. Collective.
-
-    Args:
-        sharded: this rank's shards.
-        common: the state that is the same on all ranks, compared too (differences are logged); None: not compared.
-        ranks: all ranks.
-
-    Raises:
-        CheckpointSaveError: they do not.
+    Whatever is wrong with it on whatever rank, all ranks plan anew.
     """
+    whole: list[StoredTable] = []
 
-    def validate() -> None:
-        metadata = determine_global_metadata(sharded)[1]
+    def offer(_: list[None]) -> list[Offer | None]:
         try:
-            validate_sharding_integrity(metadata, common_state_dict=common)
-        except (CheckpointingException, AssertionError) as error:
-            raise CheckpointSaveError(f"the shards of the ranks do not make up whole tensors: {error}") from error
+            if stored is None:
+                return [None] * ranks.size
+            table, offers = offers_of(stored, ranks.size, writers, verdict.fingerprints)
+        except Exception as error:  # there is no telling what a file that somebody has edited leads to
+            logger.info("the plan of the loaded checkpoint is not used: %s", error)
+            return [None] * ranks.size
+        whole.append(table)
+        return [*offers]
 
-    ranks.run("validating the sharding", validate)
+    offered = ranks.decide("taking up the plan of the loaded checkpoint", lambda: None, offer)
+    made: list[Plan] = []
+
+    def check() -> tuple[int, int] | None:
+        """What this rank finds in its state, and what should be found in all; None where its own part is another."""
+        if offered is None:
+            return None
+        try:
+            plan = _offered_plan(state, offered, ranks.rank, writers, verdict.job, whole[0] if whole else None)
+        except Exception:
+            logger.debug("the plan of the loaded checkpoint does not fit", exc_info=True)
+            return None
+        if plan is None:
+            return None
+        made.append(plan)
+        return sum_of_main(state), offered.total
+
+    found = ranks.collect("checking the plan of the loaded checkpoint", check)
+    sums = [each for each in found if each is not None]
+    if len(sums) < ranks.size or not add_up(sums):
+        return None
+    if ranks.is_first:
+        logger.info("the plan of the checkpoint that was loaded is used again")
+    return made[0]
 
 
-def _plan_locally(
-    sharded: dict[str, Any], directory: Path, writers_per_rank: int, ranks: Ranks
-) -> tuple[MCoreSavePlanner, FileSystemWriterAsync, Any]:
-    """The planner, which knows this save's values, the writer, which knows its directory, and this rank's plan."""
-    written = defaultdict(list)
-    for item in nested_values(sharded):
-        if is_main_replica(item.replica_id):
-            written[_key(item)].append(item)
-    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    planner.set_up_planner(mcore_to_pyt_state_dict(written), is_coordinator=ranks.is_first)
-    writer = FileSystemWriterAsync(directory, thread_count=writers_per_rank)
-    writer.set_up_storage_writer(ranks.is_first)
-    return planner, writer, writer.prepare_local_plan(planner.create_local_plan())
+def _offered_plan(
+    state: Sequence[Any], offer: Offer, rank: int, writers: int, job: str, whole: StoredTable | None
+) -> Plan | None:
+    """This rank's part of the offered plan; None where that does not say the same of what it writes."""
+    places = np.unique(np.array(offer.places, np.int64))
+    if len(places) != len(offer.places) or (len(places) and int(places[-1]) >= len(state)):
+        return None
+    plan = _own_plan(state, places, rank, writers, job, whole)
+    where: dict[tuple[str, torch.Size | None], tuple[str, int]] = {}
+    for file in plan.files:
+        for item, (place,) in file.objects:
+            where[item.index.fqn, item.index.offset] = file.name, place
+        for item, place in file.tensors:
+            where[item.index.fqn, item.index.offset] = file.name, place
+    rows = ((*where[index], row_of(state[where[index][1]])) for index in plan.numbers)
+    return plan if content_of(rows) == offer.content else None
+
+
+def _own_plan(state: Sequence[Any], places: Ints, rank: int, writers: int, job: str, whole: StoredTable | None) -> Plan:
+    """This rank's part, from the places of what it writes."""
+    ordered = in_plan_order(places.tolist(), [_key(state[place]) for place in places.tolist()])
+    items = [_write_item(state[place]) for place in ordered]
+    objects = [item.type is WriteItemType.BYTE_IO for item in items]
+    sizes = [0 if is_object else _bytes(item) for item, is_object in zip(items, objects, strict=True)]
+    files = tuple(
+        PlannedFile(
+            name,
+            tuple((items[number], (ordered[number],)) for number in numbers if objects[number]),
+            tuple((items[number], ordered[number]) for number in numbers if not objects[number]),
+        )
+        for name, numbers in files_of_rank(rank, sizes, objects, writers)
+    )
+    names = {(item.index.fqn, item.index.offset): number for number, item in enumerate(items)}
+    if len(names) != len(items):
+        raise CheckpointSaveError("two shards of one tensor begin at the same place")
+    return Plan(job, files, names, whole)
 
 
 def _key(item: Any) -> str:
     return str(item.unique_key if isinstance(item, ShardedObject) else item.key)
 
 
-def _join_plans(planner: MCoreSavePlanner, plans: list[Any] | None) -> Any:
-    """The metadata of the whole checkpoint from all ranks' plans; None where there are none, beyond rank 0."""
-    if plans is None:
-        return None
-    try:
-        _, metadata = planner.create_global_plan(plans)
-    except ValueError as error:
-        raise CheckpointSaveError(f"the plans of the ranks do not make up whole tensors: {error}") from error
-    metadata.all_local_plans = plans  # as megatron-core writes it
-    return metadata
+def _write_item(item: Any) -> WriteItem:
+    """As megatron-core makes it."""
+    if isinstance(item, ShardedObject):
+        return WriteItem(MetadataIndex(item.unique_key), WriteItemType.BYTE_IO)
+    offset = torch.Size(item.global_offset)
+    shape = torch.Size((1,) * item.prepend_axis_num + tuple(item.local_shape))
+    properties = TensorProperties(item.data.dtype, item.data.layout, False, torch.contiguous_format)
+    data = TensorWriteData(ChunkStorageMetadata(offset, shape), properties, torch.Size(item.global_shape))
+    return WriteItem(MetadataIndex(item.key, offset), WriteItemType.SHARD, tensor_data=data)
 
 
-def _files_of(buckets: list[Any], state: list[Any]) -> tuple[PlannedFile, ...]:
-    """The buckets with places in the rank's state where they have values."""
-    objects: dict[str, list[int]] = defaultdict(list)
-    tensors: dict[tuple[str, tuple[int, ...]], int] = {}
-    for place, item in enumerate(state):
-        if not is_main_replica(item.replica_id):
-            continue
-        if isinstance(item, ShardedObject):
-            objects[_key(item)].append(place)
-        else:
-            tensors[_key(item), tuple(item.global_offset)] = place
-    return tuple(
-        PlannedFile(
-            name,
-            tuple((item, tuple(objects[item.index.fqn])) for item, _ in of_objects),
-            tuple((item, tensors[item.index.fqn, tuple(item.index.offset)]) for item, _ in of_tensors),
-        )
-        for _, name, (of_objects, of_tensors) in buckets
-    )
-
-
-def _serialized(objects: list[ShardedObject]) -> io.BytesIO:
-    """Objects of one key as megatron-core writes them."""
-    data = io.BytesIO()
-    torch.save([item.data for item in objects], data)
-    return data
-
-
-def _stored(shard: ShardedTensor) -> torch.Tensor:
-    """A shard's values in the shape and layout in which megatron-core writes them."""
-    values: torch.Tensor = shard.data.detach()
-    if (shard.prepend_axis_num or shard.flattened_range is not None) and shard.has_regular_grid:
-        values = values.contiguous().view((1,) * shard.prepend_axis_num + tuple(shard.local_shape))
-    # torch.save writes the whole storage that a view belongs to.
-    is_part = values.untyped_storage().size() != values.numel() * values.itemsize
-    return values.clone() if is_part and values.device.type == "cpu" else values
-
-
-def _to_host(writer: FileSystemWriterAsync) -> None:
-    """Copy what the writer's buckets hold on a device to host memory."""
-    buckets = writer.write_buckets or []
-    if any(tensor.device.type != "cpu" for bucket in buckets for _, tensor in bucket[2][1]):
-        writer.write_buckets = FileSystemWriterAsync.preload_tensors(buckets, non_blocking=True)
+def _bytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None  # noqa: S101  (of tensors only)
+    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize

@@ -30,6 +30,7 @@ from bridge.training.checkpointing.files import write_file
 from bridge.training.checkpointing.formats.failures import unreadable
 from bridge.training.checkpointing.formats.objects import read_object, stored_objects
 from bridge.training.checkpointing.formats.registry import format_to_read
+from bridge.training.checkpointing.io.elsewhere import Shards
 from bridge.training.checkpointing.io.strategy import IoBackend, reading_strategy
 from bridge.training.checkpointing.layout import MCORE_METADATA
 from bridge.training.checkpointing.safety.containment import contained_file
@@ -76,8 +77,13 @@ def write_backend(directory: Path, backend: Backend) -> None:
     write_file(directory / MCORE_METADATA, json.dumps(content).encode())
 
 
-def load_strategy(directory: Path, io_backend: IoBackend = "direct") -> Any:
+def load_strategy(directory: Path, io_backend: IoBackend = "direct", shards: Shards | None = None) -> Any:
     """The load strategy of a checkpoint's backend: ours, or one that a program has registered. Local.
+
+    Args:
+        directory: the checkpoint.
+        io_backend: who reads the files.
+        shards: those that are not in the directory; only `torch_dist` can do without them there.
 
     Returns:
         A strategy that loads objects too.
@@ -97,7 +103,7 @@ def load_strategy(directory: Path, io_backend: IoBackend = "direct") -> Any:
             + (f"this reads {', '.join(map(str, known))}" if known else "no load strategy is registered for it")
         ) from error
     registered, _ = verify_checkpoint_and_load_strategy(str(directory))
-    strategy = reading_strategy(registered, directory, io_backend)
+    strategy = reading_strategy(registered, directory, io_backend, shards)
     return strategy if strategy.can_handle_sharded_objects else WithObjects(strategy)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
-import torch
-from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+
+from bridge.training.checkpointing.errors import CheckpointSaveError
 
 _NAMED = 3  # keys of a change that are named; the others are counted
 
@@ -32,18 +34,21 @@ class Structure:
     def of(
         cls, state: Iterable[ShardedBase], writers_per_rank: int = 1, sharing: Sequence[int] | None = None
     ) -> Structure:
-        """The structure of a rank's sharded state, given as its shards and objects."""
-        readers: dict[type, Callable[[Any], tuple[Any, ...]]] = {}
-        rows = []
-        for item in state:
-            kind = type(item)
-            if kind not in readers:
-                readers[kind] = _reader(kind)
-            rows.append((kind.__name__, item.key, *readers[kind](item), *_storage(item.data)))
-        return cls(tuple(rows), writers_per_rank, None if sharing is None else tuple(sharing))
+        """The structure of a rank's sharded state, given as its shards and objects.
 
+        Raises:
+            CheckpointSaveError: a shard has no values.
+        """
+        readers = _Readers()
+        try:
+            rows = tuple([readers[type(item)](item) for item in state])
+        except AttributeError as error:
+            raise CheckpointSaveError(f"something that is to be saved is no shard with values: {error}") from error
+        return cls(rows, writers_per_rank, None if sharing is None else tuple(sharing))
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Equal for equal structures, and for no others."""
+        """Equal for equal structures, and for no others. Costs more than to compare two of them."""
         return _digest(repr((self.items, self.writers_per_rank, self.sharing)))
 
     def change_from(self, earlier: Structure) -> str:
@@ -81,6 +86,10 @@ class Vote:
     """The job's fingerprint that this rank keeps a plan for; None: it keeps none."""
     change: str = ""
     """In words: how this rank's structure differs from that of the save before."""
+    common: str = ""
+    """Checksum of the state that all ranks share; empty where it need not be compared, or cannot."""
+    stored: str | None = None
+    """On rank 0, the job's fingerprint that the checkpoint it has loaded was planned for; None: it has none."""
 
 
 @dataclass(frozen=True)
@@ -95,29 +104,45 @@ class Verdict:
     """Every rank keeps its part of one plan for this very structure."""
     changes: tuple[str, ...]
     """What has changed since the save before, by rank."""
+    stored: bool = False
+    """Rank 0 has a plan for this very structure from the checkpoint that was loaded."""
+    alike: bool = False
+    """The state that all ranks share is the same on all of them, as far as they have looked."""
+    fingerprints: tuple[str, ...] = ()
+    """By rank."""
 
 
 def decide(votes: Sequence[Vote]) -> Verdict:
     """The verdict on all ranks' votes, in the order of ranks."""
-    job = _digest(" ".join(vote.fingerprint for vote in votes))
+    job = job_of([vote.fingerprint for vote in votes])
     return Verdict(
         job,
         valid=all(vote.validated == job for vote in votes),
         planned=all(vote.planned == job for vote in votes),
         changes=tuple(f"rank {rank}: {vote.change}" for rank, vote in enumerate(votes) if vote.change),
+        stored=votes[0].stored == job,
+        alike=bool(votes[0].common) and len({vote.common for vote in votes}) == 1,
+        fingerprints=tuple(vote.fingerprint for vote in votes),
     )
 
 
-def _reader(kind: type) -> Callable[[Any], tuple[Any, ...]]:
-    """Reads every field but the key and the value, fields that later versions of megatron-core add included."""
-    names = [item.name for item in fields(kind) if item.name not in ("key", "data")]
-    read = attrgetter("key", *names)
-    return lambda item: tuple(read(item)[1:])
+def job_of(fingerprints: Sequence[str]) -> str:
+    """The fingerprint of all ranks' structures together."""
+    return _digest(" ".join(fingerprints))
 
 
-def _storage(data: Any) -> tuple[Any, ...]:
-    """What the metadata say about how a tensor is stored, beside its shape and type."""
-    return (data.dtype, data.layout, data.is_pinned()) if isinstance(data, torch.Tensor) else ()
+class _Readers(dict[type, Callable[[Any], tuple[Any, ...]]]):
+    """What reads a row of an object, by its class.
+
+    It reads every field but the value, fields that later versions of megatron-core add included, and of a tensor
+    how it is stored.
+    """
+
+    def __missing__(self, kind: type) -> Callable[[Any], tuple[Any, ...]]:
+        names = [item.name for item in fields(kind) if item.name not in ("key", "data")]
+        stored = ("data.dtype", "data.layout") if issubclass(kind, ShardedTensor) else ()
+        reader = self[kind] = attrgetter("__class__.__name__", "key", *names, *stored)
+        return reader
 
 
 def _keys(verb: str, keys: list[str]) -> str:

@@ -37,19 +37,17 @@ from bridge.training.checkpointing.errors import (
     CheckpointSaveError,
 )
 from bridge.training.checkpointing.formats import Format, Loaded, PayloadWrite, may_drop
+from bridge.training.checkpointing.formats.direct import DirectWrite, contents_of
 from bridge.training.checkpointing.formats.failures import load_error, unreadable
-from bridge.training.checkpointing.formats.planning import (
-    SavePlanning,
-    make_plan,
-    metadata_of,
-    reuse_plan,
-)
+from bridge.training.checkpointing.formats.planning import Plan, SavePlanning, make_plan
 from bridge.training.checkpointing.formats.prepared import prepare
+from bridge.training.checkpointing.formats.staging import stage
 from bridge.training.checkpointing.formats.strategies import load_strategy
 from bridge.training.checkpointing.formats.two_stage import two_stage
 from bridge.training.checkpointing.formats.writing import write_buckets
 from bridge.training.checkpointing.integrity import FileRecord
 from bridge.training.checkpointing.io.access import left_to_validate
+from bridge.training.checkpointing.io.elsewhere import Shards
 from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import COMMON, MCORE_METADATA, PAYLOAD_METADATA
 from bridge.training.checkpointing.safety.payload_metadata import without_collector
@@ -62,6 +60,7 @@ VERSION = 1
 T = TypeVar("T")
 
 
+@without_collector()
 def plan_save(
     state_dict: dict[str, Any],
     directory: Path,
@@ -73,8 +72,12 @@ def plan_save(
     parallelization_group: Any | None = None,
     preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     assume_constant_structure: bool = False,
+    io_backend: IoBackend = "direct",
 ) -> tuple[PayloadWrite, SavePlanning]:
-    """Plan a save of `state_dict` into `directory`, stage device tensors in host memory, and write nothing yet.
+    """Plan a save of `state_dict` into `directory`, and write nothing yet.
+
+    With the `direct` backend the values are copied by nobody until they are written; with `stock` those on a device
+    are staged in host memory.
 
     Args:
         state_dict: sharded state dict; consumed.
@@ -85,8 +88,9 @@ def plan_save(
         writers_per_rank: files, and processes writing them, of each rank.
         parallelization_group: replicas within this group share the writing; None: the main replica writes.
         preprocess_common: as megatron-core's `preprocess_common_before_consistancy_check`.
-        assume_constant_structure: keep the plan for the next save, and use the one kept by the save before, if no
-            rank's structure has changed since. That is checked; the values are always those of `state_dict`.
+        assume_constant_structure: warn where a structure has changed. The plan of the save before is used again in any
+            case if no rank's structure has; the values are always those of `state_dict`.
+        io_backend: who writes the files.
 
     Returns:
         The planned write, and what to pass as `strategy` to the next call.
@@ -103,25 +107,22 @@ def plan_save(
         writers_per_rank=writers_per_rank,
         group=parallelization_group,
         preprocess_common=preprocess_common,
-        reuse=assume_constant_structure,
+        expects_change=not assume_constant_structure,
     )
-    sharded, verdict = prepared.sharded, prepared.verdict
-    plan = planning.plan
-    if plan is not None and verdict.planned:
-        writer = reuse_plan(plan, sharded, directory, ranks)
-    else:
-        plan, writer = make_plan(
-            sharded,
-            directory,
-            ranks,
-            job=verdict.job,
-            writers_per_rank=writers_per_rank,
-            group=parallelization_group,
-            validate=not verdict.valid,
-        )
-    planning.remember(prepared.structure, verdict, plan if assume_constant_structure else None)
-    planned = _Planned(writer, metadata_of(plan), directory)
-    return PayloadWrite(planned.write, planned.finish, prepared.sidecars), planning
+    state, verdict, plan = prepared.state, prepared.verdict, planning.plan
+    if plan is None or not verdict.planned:
+        plan = make_plan(state, ranks, planning, verdict, writers=writers_per_rank, group=parallelization_group)
+    planning.note(prepared.structure, verdict, plan)
+    if io_backend == "stock":
+        planned = _Planned(plan, stage(plan, state, directory, ranks), directory)
+        return PayloadWrite(plan.reporting(planned.write), planned.finish, prepared.sidecars), planning
+    files = plan.files
+    direct = ranks.run(
+        "staging what this rank writes",
+        lambda: DirectWrite.of(contents_of(files, state), directory, planning.frames, plan.places),
+    )
+    finish = _Planned(plan, None, directory).finish
+    return PayloadWrite(direct.write, finish, prepared.sidecars, direct), planning
 
 
 def load(
@@ -133,6 +134,7 @@ def load(
     parallelization_group: Any | None = None,
     validate_access: bool = True,
     io_backend: IoBackend = "direct",
+    shards: Shards | None = None,
 ) -> Loaded:
     """Load the parts of a checkpoint that `template` asks for.
 
@@ -144,6 +146,7 @@ def load(
         parallelization_group: each rank of this group reads a share and they exchange; None: everybody reads.
         validate_access: check that the ranks' requests cover every requested tensor exactly once.
         io_backend: who reads the files.
+        shards: those that are not in the directory.
 
     Returns:
         The state dict with loaded values, and the key sets where `strictness` returns them; they are logged too.
@@ -157,7 +160,7 @@ def load(
     # Each step is local or collective, never both: a rank that cannot read leaves no other waiting for it.
     request = ranks.run(
         "reading the common part of the checkpoint",
-        lambda: _prepare(template, directory, strictness, parallelization_group, ranks, io_backend),
+        lambda: _prepare(template, directory, strictness, parallelization_group, ranks, io_backend, shards),
     )
 
     def typed(action: Callable[[], T]) -> T:
@@ -225,12 +228,18 @@ class _Request:
 
 
 def _prepare(
-    template: dict[str, Any], directory: Path, strictness: str, group: Any | None, ranks: Ranks, io_backend: IoBackend
+    template: dict[str, Any],
+    directory: Path,
+    strictness: str,
+    group: Any | None,
+    ranks: Ranks,
+    io_backend: IoBackend,
+    shards: Shards | None,
 ) -> _Request:
     strict = parse_strict_flag(strictness)
     common = read_common(directory)
     try:
-        strategy = load_strategy(directory, io_backend)
+        strategy = load_strategy(directory, io_backend, shards)
         compares = StrictHandling.requires_explicit_ckpt_mismatch_check(strict)
         saved = strategy.load_sharded_metadata(str(directory)) if compares else None
     except CheckpointError:
@@ -256,26 +265,26 @@ def _listed(keys: set[str]) -> str:
 
 @dataclass(frozen=True)
 class _Planned:
-    """One rank's plan: buckets of host tensors, a file each."""
+    """One rank's plan, and buckets of host tensors, a file each, where megatron-core's writer has them."""
 
-    writer: FileSystemWriterAsync
-    metadata: Any
+    plan: Plan
+    writer: FileSystemWriterAsync | None
     directory: Path
 
     def write(self, checksum: str = DEFAULT) -> tuple[list[FileRecord | str], Any]:
         """Write and sync this rank's files; return their records and the write results."""
+        if self.writer is None:
+            raise CheckpointSaveError("the values were not handed over to megatron-core's writer")
         buckets = self.writer.write_buckets or []
         transforms = [self.writer.transforms] if hasattr(self.writer, "transforms") else []
         written = write_buckets(transforms, buckets, checksum)
         return [record for record, _ in written], [result for _, results in written for result in results]
 
     def finish(self, results: list[Any]) -> list[str]:
-        """Write the global metadata from all ranks' write results; rank 0 only."""
-        if self.metadata is None:
-            raise CheckpointSaveError("the plan has no global metadata on this rank; only rank 0 can finish a save")
-        self.writer.finish(self.metadata, results)
+        """Write the global metadata from the places that all ranks report; rank 0 only."""
+        names = self.plan.finish(self.directory, results)
         save_config(CheckpointingConfig(BACKEND, VERSION), str(self.directory))
-        return [PAYLOAD_METADATA, MCORE_METADATA]
+        return [*names, MCORE_METADATA]
 
 
 FORMAT = Format(
@@ -285,4 +294,5 @@ FORMAT = Format(
     read_common,
     files=(MCORE_METADATA, PAYLOAD_METADATA, COMMON),
     is_shard=lambda name: name.endswith(".distcp"),
+    load_from=load,
 )

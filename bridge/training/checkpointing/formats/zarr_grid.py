@@ -29,16 +29,21 @@ class Box:
         """Whether it holds no element."""
         return 0 in self.shape
 
+    def count_chunks(self, chunk_shape: Sequence[int]) -> int:
+        """How many chunks it touches."""
+        return math.prod(map(len, self._chunks_along(chunk_shape)))
+
     def slices(self) -> tuple[slice, ...]:
         """As an index into the array."""
         return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
 
     def chunks(self, chunk_shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
         """The indices of all chunks that it touches."""
-        if self.is_empty:
-            return iter(())
+        return itertools.product(*self._chunks_along(chunk_shape))
+
+    def _chunks_along(self, chunk_shape: Sequence[int]) -> list[range]:
         axes = zip(self.offset, self.shape, chunk_shape, strict=True)
-        return itertools.product(*(range(start // c, -(-(start + size) // c)) for start, size, c in axes))
+        return [range(start // c, -(-(start + size) // c)) if size else range(0) for start, size, c in axes]
 
 
 @dataclass(frozen=True)

@@ -8,39 +8,34 @@ if on one, which also has the words for what is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.strategies.torch import (
-    TorchDistLoadShardedStrategy,
-    _replace_sharded_keys_with_state_dict_keys,
-    _replace_state_dict_keys_with_sharded_keys,
-    _restore_dict_types,
-)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from bridge.training.checkpointing.dtypes import require_same_kind
 from bridge.training.checkpointing.errors import CheckpointDamagedError
+from bridge.training.checkpointing.io.elsewhere import Shards
 from bridge.training.checkpointing.io.plan import Want
-from bridge.training.checkpointing.io.reader import ChunkShapes, read_items
+from bridge.training.checkpointing.io.reader import read_items
 from bridge.training.checkpointing.io.reading import ReadOptions, ReadStats, read_wants
+from bridge.training.checkpointing.io.stored import Chunk, Stored, StoredByMetadata, StoredTensor, open_stored
+from bridge.training.checkpointing.readable import ReadableFile
 from bridge.training.checkpointing.safety.containment import contained_file
-from bridge.training.checkpointing.safety.payload_metadata import read_payload_metadata, without_collector
+from bridge.training.checkpointing.safety.payload_metadata import (
+    without_collector,
+)
 from bridge.training.checkpointing.safety.safe_reading import (
     ReadTensors,
     SafeLoadStrategy,
@@ -52,13 +47,16 @@ IoBackend = Literal["direct", "stock"]
 """Who reads and writes the files: this package, or torch."""
 
 
-def reading_strategy(strategy: Any, directory: Path, io_backend: IoBackend = "direct") -> Any:
+def reading_strategy(
+    strategy: Any, directory: Path, io_backend: IoBackend = "direct", shards: Shards | None = None
+) -> Any:
     """What loads a checkpoint. Local.
 
     Args:
         strategy: what megatron-core has registered for the checkpoint's format.
         directory: the checkpoint.
         io_backend: who reads the files.
+        shards: those that are not in the directory.
 
     Returns:
         As `safe_strategy`, which reads by the `io_backend`.
@@ -68,8 +66,10 @@ def reading_strategy(strategy: Any, directory: Path, io_backend: IoBackend = "di
         CheckpointDamagedError: `.metadata` is absent or unreadable.
     """
     if io_backend == "stock" or type(strategy) is not TorchDistLoadShardedStrategy:
+        if shards is not None:
+            shards.fetch()
         return safe_strategy(strategy, directory)
-    return DirectLoadStrategy(directory, read_payload_metadata(directory))
+    return DirectLoadStrategy(directory, open_stored(directory), shards=shards)
 
 
 def direct_reading(metadata: Metadata, directory: Path, options: ReadOptions | None = None) -> ReadTensors:
@@ -90,12 +90,39 @@ def direct_reading(metadata: Metadata, directory: Path, options: ReadOptions | N
 class DirectLoadStrategy(SafeLoadStrategy):
     """Loads one `torch_dist` checkpoint whose metadata has been read."""
 
-    def __init__(self, directory: Path, metadata: Metadata, options: ReadOptions | None = None) -> None:
-        super().__init__(directory, metadata)
+    def __init__(
+        self,
+        directory: Path,
+        stored: Stored | Metadata,
+        options: ReadOptions | None = None,
+        shards: Shards | None = None,
+    ) -> None:
+        """
+        Args:
+            directory: the checkpoint.
+            stored: what it holds.
+            options: how tensors are read.
+            shards: those that are not in the directory.
+        """
+        self._shards = shards
+        self._stored = StoredByMetadata(stored) if isinstance(stored, Metadata) else stored
+        self._metadata: Metadata | None = stored if isinstance(stored, Metadata) else None
+        super().__init__(directory, self._metadata)  # type: ignore[arg-type]
         self.stats = ReadStats()
         """What the last load of this rank took, if nothing was unusual."""
-        self._options = options
-        self._places: Mapping[str, Mapping[tuple[int, ...], _StorageInfo]] | None = None
+        self._options = shards.options if options is None and shards is not None else options
+
+    @property
+    def cached_global_metadata(self) -> Metadata:
+        """torch's form of what the checkpoint holds, made when somebody asks for it."""
+        if self._metadata is None:
+            with without_collector():
+                self._metadata = self._stored.metadata()
+        return self._metadata
+
+    @cached_global_metadata.setter
+    def cached_global_metadata(self, metadata: Metadata | None) -> None:
+        self._metadata = metadata
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
         """As megatron-core's. Collective.
@@ -113,6 +140,8 @@ class DirectLoadStrategy(SafeLoadStrategy):
             return found is not None
 
         if not all(ranks.all_gather("plan", plan)):
+            if self._shards is not None:
+                ranks.all_gather("fetch", self._shards.fetch)
             return super().load(sharded_state_dict, checkpoint_dir)
         loaded: list[Any] = []
         ranks.all_gather("read", lambda: loaded.append(self._read(plans[0])))
@@ -122,6 +151,8 @@ class DirectLoadStrategy(SafeLoadStrategy):
         """Plan a load of this rank alone, as `SafeLoadStrategy.prepare_alone`. Local."""
         plan = self._plan(sharded_state_dict)
         if plan is None:
+            if self._shards is not None:
+                self._shards.fetch()
             return super().prepare_alone(sharded_state_dict, checkpoint_dir)
         return lambda: self._read(plan)
 
@@ -129,15 +160,12 @@ class DirectLoadStrategy(SafeLoadStrategy):
         return direct_reading(self.cached_global_metadata, self._directory, self._options)
 
     def _plan(self, sharded_state_dict: Any) -> _Plan | None:
-        if self._places is None:
-            self._places = _places(self.cached_global_metadata)
-        planning = _Planning(self._directory, self.cached_global_metadata, self._places)
         with without_collector():
-            return planning.plan(sharded_state_dict)
+            return _Planning(self._directory, self._stored, self._shards).plan(sharded_state_dict)
 
     def _read(self, plan: _Plan) -> Any:
         self.stats = read_wants(plan.wants, plan.paths, self._options)
-        return plan.loaded()
+        return plan.loaded
 
 
 class TorchDistLoadStrategy(TorchDistLoadShardedStrategy):  # type: ignore[misc]
@@ -167,7 +195,7 @@ class TorchDistLoadStrategy(TorchDistLoadShardedStrategy):  # type: ignore[misc]
         _DistWrapper(None, True, 0).all_gather("plan", lambda: opened.append(self._open(checkpoint_dir)))
         strategy = opened[0]
         loaded = strategy.load(sharded_state_dict, checkpoint_dir)
-        self.cached_global_metadata, self.stats = strategy.cached_global_metadata, strategy.stats
+        self.stats = strategy.stats
         return loaded
 
     def prepare_alone(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Callable[[], Any]:
@@ -184,34 +212,17 @@ class TorchDistLoadStrategy(TorchDistLoadShardedStrategy):  # type: ignore[misc]
 
     def _open(self, checkpoint_dir: Any) -> DirectLoadStrategy:
         directory = Path(checkpoint_dir)
-        return DirectLoadStrategy(directory, read_payload_metadata(directory), self._options)
-
-
-def _places(metadata: Metadata) -> Mapping[str, Mapping[tuple[int, ...], _StorageInfo]]:
-    """Where every chunk is stored, by key and place in the tensor; an object has the place ()."""
-    places: dict[str, dict[tuple[int, ...], _StorageInfo]] = {}
-    for index, place in metadata.storage_data.items():
-        places.setdefault(index.fqn, {})[index.offset or ()] = place
-    return places
+        return DirectLoadStrategy(directory, open_stored(directory), self._options)
 
 
 @dataclass
 class _Plan:
-    """One rank's load: what is to be read, and the structure that it belongs in."""
+    """One rank's load: what is to be read, and the state dict that it makes."""
 
-    sharded_state_dict: Any
     wants: list[Want] = field(default_factory=list)
-    paths: dict[str, Path] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
-    """By key: the tensors that are read into, or the objects, which have been read."""
-    flat_mapping: Any = None
-    rename_mapping: Any = None
-
-    def loaded(self) -> Any:
-        """What was read, in the structure of what was asked for."""
-        loaded = _replace_sharded_keys_with_state_dict_keys(self.values, self.flat_mapping, self.rename_mapping)
-        _restore_dict_types(loaded, self.sharded_state_dict)
-        return loaded
+    paths: dict[str, Path | ReadableFile] = field(default_factory=dict)
+    loaded: Any = None
+    """What was asked for with the tensors that are read into, and the objects, which have been read."""
 
 
 class _UnusualError(Exception):
@@ -221,14 +232,14 @@ class _UnusualError(Exception):
 class _Planning:
     """Plans one load."""
 
-    def __init__(
-        self, directory: Path, metadata: Metadata, places: Mapping[str, Mapping[tuple[int, ...], _StorageInfo]]
-    ) -> None:
+    def __init__(self, directory: Path, stored: Stored, shards: Shards | None = None) -> None:
         self._directory = directory
-        self._entries = metadata.state_dict_metadata
-        self._places = places
-        self._shapes = ChunkShapes(metadata)
+        self._shards = shards
+        self._stored = stored
         self._sizes: dict[str, int] = {}
+        self._objects: dict[str, list[ShardedObject]] = {}
+        self._values: dict[str, Iterator[Any]] = {}
+        self._plan = _Plan()
 
     def plan(self, sharded_state_dict: Any) -> _Plan | None:
         """The plan, with objects read; None where something is unusual.
@@ -236,104 +247,89 @@ class _Planning:
         Raises:
             CheckpointError: a file is absent or leads out of the checkpoint, or an object is unreadable or not allowed.
         """
-        plan = _Plan(sharded_state_dict)
-        flat, plan.flat_mapping, plan.rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
+        for item in nested_values(sharded_state_dict):
+            if type(item) is not ShardedTensor and isinstance(item, ShardedObject):
+                self._objects.setdefault(item.unique_key, []).append(item)
         try:
-            for key, items in flat.items():
-                if isinstance(items[0], ShardedObject):
-                    plan.values[key] = self._object(key, len(items), plan)
-                else:
-                    plan.values[key] = [self._tensor(key, item, plan) for item in items]
+            for key, items in self._objects.items():
+                self._values[key] = iter(self._object(key, len(items)))
+            self._plan.loaded = dict_list_map_outplace(self._value, sharded_state_dict)
         except _UnusualError:
             return None
-        return plan
+        return self._plan
 
-    def _tensor(self, key: str, item: Any, plan: _Plan) -> torch.Tensor:
-        entry = self._entries.get(key)
-        if (
-            type(entry) is not TensorStorageMetadata
-            or not isinstance(item, ShardedTensor)
-            or item.flattened_range is not None
-            or item.global_shape != entry.size
-        ):
+    def _value(self, item: Any) -> Any:
+        if isinstance(item, ShardedTensor):
+            return self._tensor(item)
+        if isinstance(item, ShardedObject):
+            return next(self._values[item.unique_key])
+        raise _UnusualError
+
+    def _tensor(self, item: ShardedTensor) -> torch.Tensor:
+        key = item.key
+        stored = self._stored.tensor(key)
+        if stored is None or item.flattened_range is not None or item.global_shape != stored.shape:
             raise _UnusualError
-        if item.data is None:
+        data: torch.Tensor | None = item.data
+        if data is None:
             item.init_data(torch.device("cpu"), init_fn=torch.empty)
-        elif item.data.requires_grad:
-            item.data = item.data.detach()
-        data: torch.Tensor = item.data
-        require_same_kind(key, data.dtype, entry.properties.dtype)
-        shape, target = item.local_shape, data
+            data = item.data
+        elif data.requires_grad:
+            data = item.data = data.detach()
+        assert data is not None  # noqa: S101  (made above)
+        if data.dtype is not stored.dtype:
+            require_same_kind(key, data.dtype, stored.dtype)
+        shape, target, offset = item.local_shape, data, item.global_offset
         if item.prepend_axis_num:
             shape = (1,) * item.prepend_axis_num + tuple(shape)
             target = data.view(shape)
         elif target.shape != shape:
             raise _UnusualError
-        chunk = entry.chunks[0] if len(entry.chunks) == 1 else None
-        if chunk is None or chunk.offsets != item.global_offset or chunk.sizes != shape:
-            self._parts(key, entry, item.global_offset, shape, target, plan)
+        chunks = stored.chunks
+        chunk = chunks[0] if len(chunks) == 1 else stored.at(tuple(offset))
+        if chunk is not None and chunk.offset == offset and chunk.shape == shape:
+            self._want(key, stored.dtype, chunk, target, None)
         else:
-            plan.wants.append(self._want(key, entry, chunk.offsets, chunk.sizes, target, None, plan))
+            self._parts(key, stored, offset, shape, target)
         return data
 
     def _parts(
-        self,
-        key: str,
-        entry: TensorStorageMetadata,
-        offset: tuple[int, ...],
-        shape: tuple[int, ...],
-        target: torch.Tensor,
-        plan: _Plan,
+        self, key: str, stored: StoredTensor, offset: Sequence[int], shape: Sequence[int], target: torch.Tensor
     ) -> None:
         """The parts of stored chunks that make up one chunk of this run."""
-        shapes = self._shapes.by_offset(key)
-        if shapes.get(tuple(offset)) == tuple(shape):
-            plan.wants.append(self._want(key, entry, tuple(offset), tuple(shape), target, None, plan))
-            return
-        chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
         found = 0
-        for item in create_read_items_for_chunk_list(key, entry, [chunk]):
-            stored, lengths = tuple(item.storage_index.offset or ()), tuple(item.lengths)
-            part = narrow_tensor_by_index(target, item.dest_offsets, item.lengths)
-            whole = shapes[stored]
-            box = None if lengths == whole else (tuple(item.storage_offsets), lengths)
-            plan.wants.append(self._want(key, entry, stored, whole, part, box, plan))
-            found += prod(lengths)
+        for chunk, overlap in stored.overlapping(offset, shape):
+            part = narrow_tensor_by_index(target, overlap.wanted, overlap.lengths)
+            box = None if overlap.lengths == chunk.shape else (overlap.stored, overlap.lengths)
+            self._want(key, stored.dtype, chunk, part, box)
+            found += prod(overlap.lengths)
         if found != prod(shape):
             raise CheckpointDamagedError(
                 f"{key!r} lacks values: {found} of the {prod(shape)} that this rank needs are in the checkpoint"
             )
 
-    def _want(
-        self,
-        key: str,
-        entry: TensorStorageMetadata,
-        offset: tuple[int, ...],
-        shape: tuple[int, ...],
-        target: torch.Tensor,
-        box: Any,
-        plan: _Plan,
-    ) -> Want:
-        place, dtype = self._place(key, offset, plan), entry.properties.dtype
-        if prod(shape) * dtype.itemsize > place.length:
-            raise _UnusualError
-        return Want(key, place.relative_path, place.offset, place.length, dtype, shape, target, box)
-
-    def _object(self, key: str, count: int, plan: _Plan) -> Any:
-        if not isinstance(self._entries.get(key), BytesStorageMetadata):
-            raise _UnusualError
-        place = self._place(key, (), plan)
-        return read_object(plan.paths[place.relative_path], place, key, count)
-
-    def _place(self, key: str, offset: tuple[int, ...], plan: _Plan) -> _StorageInfo:
-        place: _StorageInfo | None = self._places.get(key, {}).get(offset)
-        if place is None:
-            raise _UnusualError
-        name = place.relative_path
-        size = self._sizes.get(name)
+    def _want(self, key: str, dtype: torch.dtype, chunk: Chunk, target: torch.Tensor, box: Any) -> None:
+        _, shape, file, at, length = chunk
+        size = self._sizes.get(file)
         if size is None:
-            plan.paths[name], size = contained_file(self._directory, name)
-            self._sizes[name] = size
-        if place.offset + place.length > size:
+            size = self._size(file)
+        if at + length > size or prod(shape) * dtype.itemsize > length:
             raise _UnusualError
-        return place
+        self._plan.wants.append(Want(key, file, at, length, dtype, shape, target, box))
+
+    def _object(self, key: str, count: int) -> list[Any]:
+        place = self._stored.thing(key)
+        if place is None or place.at + place.length > self._size(place.file):
+            raise _UnusualError
+        return read_object(self._plan.paths[place.file], _StorageInfo(*place), key, count)
+
+    def _size(self, file: str) -> int:
+        """Bytes of a file, which is found to be in the checkpoint."""
+        size = self._sizes.get(file)
+        if size is None:
+            if self._shards is None:
+                self._plan.paths[file], size = contained_file(self._directory, file)
+            else:
+                self._plan.paths[file], size = self._shards.locate(file)
+            self._sizes[file] = size
+        return size

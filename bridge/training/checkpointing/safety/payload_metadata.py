@@ -110,11 +110,21 @@ def read_payload_metadata(directory: Path) -> Metadata:
         CheckpointMismatchError: its data is compressed.
         CheckpointDamagedError: it is absent, unreadable, or contradicts itself.
     """
+    return payload_metadata(read_payload_bytes(directory), str(directory / PAYLOAD_METADATA))
+
+
+def read_payload_bytes(directory: Path) -> bytes:
+    """The bytes of a checkpoint's `.metadata`. Local.
+
+    Raises:
+        UnsafeCheckpointError: it is a link that leads out of the checkpoint.
+        CheckpointDamagedError: it is absent or unreadable.
+    """
     path, size = contained_file(directory, PAYLOAD_METADATA)
     if size > _LARGEST_FILE:
         raise CheckpointDamagedError(f"{path} is not readable: it has {size} bytes")
     try:
-        return payload_metadata(path.read_bytes(), str(path))
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointDamagedError(f"{path} cannot be read: {error}") from error
 

@@ -126,6 +126,11 @@ def _unknown(machine: _Machine) -> None:
     raise PickleError(f"it uses an operation that plain data does not need: {machine.data[at]:#04x} at byte {at}")
 
 
+def _pop(machine: _Machine) -> None:
+    # Of a group that is under way, and of what came before it, nothing is there to be dropped.
+    machine.stack.pop()
+
+
 def _protocol(machine: _Machine) -> None:
     version = machine.take(1)[0]
     if version not in _PROTOCOLS:
@@ -295,6 +300,7 @@ def _get(layout: str) -> Callable[[_Machine], None]:
 _STOP = ord(".")
 _KNOWN: dict[bytes, Callable[[_Machine], None]] = {
     b".": _stop,
+    b"0": _pop,
     b"\x80": _protocol,
     b"\x95": _frame,
     b"(": _mark,

@@ -157,5 +157,5 @@ def not_allowed(place: str, name: str) -> UnsafeCheckpointError:
 
 def describe(error: BaseException) -> str:
     """An error's type and the first sentence of its message; torch appends advice that does not apply here."""
-    text = str(error).split("\n", 1)[0].split("(1) In PyTorch", 1)[0].strip()
+    text = str(error).split("\n", 1)[0].split("(1) In PyTorch", 1)[0].split("In PyTorch 2.", 1)[0].strip()
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -45,6 +45,7 @@ from torch.futures import Future
 from bridge.training.checkpointing.dtypes import require_same_kind
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointMismatchError
 from bridge.training.checkpointing.layout import PAYLOAD_METADATA
+from bridge.training.checkpointing.readable import ReadableFile
 from bridge.training.checkpointing.safety.containment import contained_file
 from bridge.training.checkpointing.safety.payload_metadata import read_payload_metadata
 from bridge.training.checkpointing.safety.safe_globals import load_error, load_torch_bytes
@@ -313,16 +314,24 @@ class _Reader(FileSystemReader):
             self._objects[item.storage_index] = read_object(path, self._place_of(item), item.storage_index.fqn, count)
 
 
-def read_object(path: Path, place: _StorageInfo, key: str, count: int | None) -> list[Any]:
+def read_object(path: Path | ReadableFile, place: _StorageInfo, key: str, count: int | None) -> list[Any]:
     """An object of a checkpoint: the list of the values that `count` places of a state dict have. Local.
 
     Raises:
         UnsafeCheckpointError: its class is not allowed.
         CheckpointDamagedError: it is unreadable, or something else is stored there.
     """
-    with path.open("rb") as file:
-        file.seek(place.offset)
-        value = load_torch_bytes(file.read(place.length), f"{path} ({key})", "object")
+    value = load_torch_bytes(_record(path, place), f"{path} ({key})", "object")
     if not isinstance(value, list) or len(value) != count:
         raise CheckpointDamagedError(f"{path} ({key}) does not hold the object that belongs there")
     return value
+
+
+def _record(path: Path | ReadableFile, place: _StorageInfo) -> bytes:
+    if isinstance(path, Path):
+        with path.open("rb") as file:
+            file.seek(place.offset)
+            return file.read(place.length)
+    data = bytearray(place.length)
+    path.read(memoryview(data), place.offset)
+    return bytes(data)

@@ -1,0 +1,87 @@
+"""Files of torch DCP that this project's own writer writes: laid out when a save is planned, written when it is due."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+from bridge.training.checkpointing.checksums import DEFAULT
+from bridge.training.checkpointing.formats.planning import PlannedFile
+from bridge.training.checkpointing.integrity import FileRecord
+from bridge.training.checkpointing.io.framing import Frames
+from bridge.training.checkpointing.io.image import FileContents, FileImage, lay_out, results_of
+from bridge.training.checkpointing.io.writing import write_images
+
+
+@dataclass(frozen=True)
+class DirectWrite:
+    """This rank's files, laid out. Tensors are those of the run: they are read when they are written."""
+
+    images: list[FileImage]
+    directory: Path
+    report: Callable[[list[Any]], Any]
+    """Makes of torch's write results what goes to rank 0."""
+
+    @classmethod
+    def of(
+        cls,
+        files: Iterable[FileContents],
+        directory: Path,
+        frames: Frames,
+        report: Callable[[list[Any]], Any] = lambda results: results,
+    ) -> DirectWrite:
+        """Lay out files.
+
+        Args:
+            files: what they hold.
+            directory: that they go into.
+            frames: what is known of records.
+            report: makes of torch's write results what goes to rank 0.
+        """
+        return cls([lay_out(contents, frames) for contents in files], directory, report)
+
+    def write(self, checksum: str = DEFAULT) -> tuple[list[FileRecord | str], Any]:
+        """Write and sync the files; return their records and the result for rank 0."""
+        return [*write_images(self.images, self.directory, checksum)], self.result()
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether all tensors are in host memory: a fork of this process can then write them, too."""
+        return all(part.tensor.is_cpu for image in self.images for part in image.tensors)
+
+    def result(self) -> Any:
+        """What rank 0 has to know of the files. It is known before anything is written."""
+        return self.report(results_of(self.images))
+
+
+def contents_of(files: Iterable[PlannedFile], state: Sequence[Any]) -> list[FileContents]:
+    """What a plan's files hold, taken from a rank's state."""
+    return [
+        FileContents(
+            file.name,
+            [(item.index, _stored(state[place])) for item, place in file.tensors],
+            [(item.index, _serialized([state[place] for place in places])) for item, places in file.objects],
+        )
+        for file in files
+    ]
+
+
+def _stored(shard: ShardedTensor) -> torch.Tensor:
+    """A shard's values in the shape in which megatron-core writes them."""
+    values: torch.Tensor = shard.data.detach()
+    if (shard.prepend_axis_num or shard.flattened_range is not None) and shard.has_regular_grid:
+        values = values.contiguous().view((1,) * shard.prepend_axis_num + tuple(shard.local_shape))
+    return values
+
+
+def _serialized(objects: list[ShardedObject]) -> memoryview:
+    """Objects of one key as megatron-core writes them."""
+    data = io.BytesIO()
+    torch.save([item.data for item in objects], data)
+    return data.getbuffer()
