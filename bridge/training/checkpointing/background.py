@@ -21,7 +21,9 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
+
+import torch
 
 from bridge.training.checkpointing.errors import CheckpointSaveError, storage_error
 from bridge.training.checkpointing.liveness import LOOK_SECONDS, Watch
@@ -55,6 +57,38 @@ class _Raised:
         return cls(f"{type(error).__name__}: {error}", traceback.format_exc(), storage)
 
 
+class BackgroundCall(Protocol):
+    """Something that another process does."""
+
+    def poll(self, timeout: float | None = 0.0) -> bool:
+        """Whether it has ended; waits up to `timeout` seconds (None: as long as it takes)."""
+
+    def result(self) -> Any:
+        """What has come of it; waits for it, and raises CheckpointSaveError if it failed."""
+
+    def kill(self) -> None:
+        """End it at once; the result is then an error."""
+
+
+class FinishedCall(Generic[T]):
+    """What was done at once, because no other process could do it."""
+
+    def __init__(self, outcome: T) -> None:
+        self._outcome = outcome
+
+    def poll(self, timeout: float | None = 0.0) -> bool:
+        """It has ended."""
+        del timeout
+        return True
+
+    def result(self) -> T:
+        """What has come of it."""
+        return self._outcome
+
+    def kill(self) -> None:
+        """There is nothing to end."""
+
+
 class ForkedCall(Generic[T]):
     """A call of `function()` in a child process that dies with its parent.
 
@@ -63,7 +97,9 @@ class ForkedCall(Generic[T]):
     have. Such a child has done nothing yet, so it is killed, and the fork is made again.
     """
 
-    def __init__(self, function: Callable[[], T], name: str, stall_seconds: float = math.inf) -> None:
+    def __init__(
+        self, function: Callable[[], T], name: str, stall_seconds: float = math.inf, storage_seconds: float = 0.0
+    ) -> None:
         self.name = name
         self._outcome: T | None = None
         self._error: CheckpointSaveError | None = None
@@ -77,7 +113,7 @@ class ForkedCall(Generic[T]):
                 _run_child(function, sender, parent)
             sender.close()
             if self._has_started():
-                self._watch = Watch(self.pid, name, stall_seconds)
+                self._watch = Watch(self.pid, name, stall_seconds, storage_seconds)
                 return
         self._done = True
         self._error = CheckpointSaveError(f"the process of {name} did not start in {_STARTS} tries")
@@ -97,7 +133,8 @@ class ForkedCall(Generic[T]):
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Whether the call has ended; waits up to `timeout` seconds (None: as long as it takes).
 
-        A process that has done nothing for `stall_seconds` is ended, and the result is an error.
+        A process that has done nothing for `stall_seconds` is ended, and the result is an error; one that waits for
+        storage all that time after `storage_seconds`, if that is longer.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while not self._done:
@@ -144,6 +181,9 @@ class ForkedCall(Generic[T]):
         except (EOFError, OSError):
             outcome = None
             died = True
+        except Exception as error:
+            outcome = _Raised(f"what it returned cannot be read: {type(error).__name__}: {error}", "", None)
+            died = False
         else:
             died = False
         self._receiver.close()
@@ -153,7 +193,7 @@ class ForkedCall(Generic[T]):
             status = 0
         self._done = True
         if died:
-            self._error = CheckpointSaveError(f"the process of {self.name} {_how_it_ended(status)}")
+            self._error = CheckpointSaveError(f"the process of {self.name} {how_it_ended(status)}")
         elif isinstance(outcome, _Raised):
             self._error = CheckpointSaveError(f"the process of {self.name} failed: {outcome.summary}")
             self._error.__cause__ = CheckpointSaveError(f"in process {self.pid}:\n{outcome.trace}")
@@ -171,6 +211,8 @@ def _run_child(function: Callable[[], Any], sender: Any, parent: int) -> NoRetur
         leave_signals_to_parent()
         # The collector would touch, and so copy, pages that belong to the trainer, and could free its CUDA objects.
         gc.disable()
+        # The threads with which torch computes are the parent's; waiting for them would never end.
+        torch.set_num_threads(1)
         try:
             outcome = function()
         except BaseException as error:
@@ -193,7 +235,8 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _how_it_ended(status: int) -> str:
+def how_it_ended(status: int) -> str:
+    """The end of a process that gave no result, in words, from its wait status."""
     if os.WIFSIGNALED(status):
         return f"was killed by {signal.Signals(os.WTERMSIG(status)).name}"
     return f"ended with status {os.waitstatus_to_exitcode(status)} and no result"

@@ -66,8 +66,7 @@ def collect(live: LiveObjects, prebuilt_state_dict: dict[str, Any] | None, ranks
     Raises:
         CheckpointError: a part could not be captured on some rank. Every rank raises.
     """
-    metadata = ranks.run("describing the state", lambda: _content_metadata(live))
-    sidecars = ranks.run("collecting the state", lambda: _sidecars(live))
+    metadata, sidecars = ranks.run("collecting the state", lambda: (_content_metadata(live), _sidecars(live)))
     if prebuilt_state_dict is not None:
         state_dict = dict(prebuilt_state_dict)
     else:

@@ -24,12 +24,19 @@ class Progress:
     """Bytes that were handed to the system."""
     is_stopped: bool
     """Whether the first of them is held by a signal or a debugger."""
+    is_in_storage: bool = False
+    """Whether one of their threads is inside the kernel and takes no signals, as while it waits for storage."""
+
+    def is_as_far_as(self, other: Progress) -> bool:
+        """Whether neither has done anything that the other has not, nor been stopped or let go meanwhile."""
+        mine, theirs = ((each.cpu_ticks, each.written, each.is_stopped) for each in (self, other))
+        return mine == theirs
 
 
 def progress_of(pid: int) -> Progress | None:
     """Look at a process and its children; None where the system does not say, or it has ended."""
     ticks = written = 0
-    is_stopped = False
+    is_stopped = is_in_storage = False
     pending = [pid]
     while pending:
         current = pending.pop()
@@ -40,13 +47,14 @@ def progress_of(pid: int) -> Progress | None:
             written += _written(current)
             for task in (_PROC / str(current) / "task").iterdir():
                 pending += map(int, (task / "children").read_text().split())
+                is_in_storage |= (task / "stat").read_text().rpartition(")")[2].split()[0] == "D"
         except (OSError, ValueError, IndexError):
             if current == pid:
                 return None
             continue
         if current == pid:
             is_stopped = state in "Tt"
-    return Progress(ticks, written, is_stopped)
+    return Progress(ticks, written, is_stopped, is_in_storage)
 
 
 def _written(pid: int) -> int:
@@ -65,12 +73,19 @@ class Watch:
     name: str
     limit: float
     """Seconds without progress after which it counts as stuck."""
+    storage_limit: float = 0.0
+    """One that is found waiting for storage at every look is left alone until so long after the watch began, because
+    others wait no longer; but never ended sooner than `limit` after it came to a halt."""
     _seen: Progress | None = None
     _since: float = field(default_factory=time.monotonic)
+    _began: float = field(default_factory=time.monotonic)
     _looked: float = field(default_factory=time.monotonic)
     _looks: int = 0
     """In a row that have found nothing new."""
     _was_told: bool = False
+    _idle_since: float = field(default_factory=time.monotonic)
+    """Since when it has neither got on nor been found waiting for storage."""
+    _was_told_of_storage: bool = False
 
     def problem(self) -> str | None:
         """What is wrong with the process, in words; None while it gets on, or where the system does not say."""
@@ -81,16 +96,38 @@ class Watch:
         found = progress_of(self.pid)
         if found is None:
             return None
-        if found != self._seen:
-            self._seen, self._since, self._looks = found, now, 0
+        if self._seen is None or not found.is_as_far_as(self._seen):
+            self._seen, self._since, self._idle_since, self._looks = found, now, now, 0
+        elif found.is_in_storage:
+            self._idle_since = now
         self._looks += 1
         how = "is held by a signal" if found.is_stopped else "neither computes nor writes"
+        self._tell(found, how, now)
+        # After a time in which the job as a whole was held, a first look says nothing.
+        if self._looks < _FEWEST_LOOKS:
+            return None
+        if now - self._idle_since >= self.limit:
+            return f"{how} and has done nothing for {self.limit:g} s"
+        if now >= self._end_of_patience():
+            return f"waits for storage and has done nothing for {now - self._since:.0f} s"
+        return None
+
+    def _end_of_patience(self) -> float:
+        return max(self._since + self.limit, self._began + self.storage_limit)
+
+    def _tell(self, found: Progress, how: str, now: float) -> None:
         if found.is_stopped and not self._was_told:
             self._was_told = True
             logger.error(
                 "the process %d of %s %s; it is ended if that lasts %g s", self.pid, self.name, how, self.limit
             )
-        # After a time in which the job as a whole was held, a first look says nothing.
-        if now - self._since < self.limit or self._looks < _FEWEST_LOOKS:
-            return None
-        return f"{how} and has done nothing for {self.limit:g} s"
+        if found.is_in_storage and now - self._since >= self.limit and not self._was_told_of_storage:
+            self._was_told_of_storage = True
+            logger.error(
+                "the process %d of %s has waited %g s for storage, which has not failed yet; it is ended if that lasts "
+                "until %g s after its beginning",
+                self.pid,
+                self.name,
+                self.limit,
+                max(self._since - self._began + self.limit, self.storage_limit),
+            )

@@ -7,19 +7,21 @@ goes on after it is decided by the failure policy.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.background import ForkedCall
+from bridge.training.checkpointing.background import BackgroundCall, ForkedCall
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError, RankLostError
 from bridge.training.checkpointing.failures.policy import FailurePolicy
+from bridge.training.checkpointing.meeting import Meeting
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +38,13 @@ def _raise(persistent: bool, error: CheckpointError | None) -> None:
 class _Pending:
     label: str
     persistent: bool
-    call: ForkedCall[Any] | None
+    call: BackgroundCall | None
     request: AsyncRequest
     receive: Callable[[Any], None] | None
     abandon: Callable[[], None] | None
+    failed: Callable[[BaseException], None] | None
+    halted: Callable[[], None] | None
+    meeting: Meeting
 
 
 class SaveQueue:
@@ -47,9 +52,16 @@ class SaveQueue:
 
     def __init__(self) -> None:
         self._pending: deque[_Pending] = deque()
+        self.scheduled = 0
+        """Saves that were begun so far."""
 
     def __len__(self) -> int:
         return len(self._pending)
+
+    @property
+    def has_persistent(self) -> bool:
+        """Whether a persistent save is under way."""
+        return any(pending.persistent for pending in self._pending)
 
     def schedule(
         self,
@@ -59,6 +71,10 @@ class SaveQueue:
         abandon: Callable[[], None] | None = None,
         persistent: bool = True,
         stall_seconds: float = math.inf,
+        storage_seconds: float = 0.0,
+        failed: Callable[[BaseException], None] | None = None,
+        halted: Callable[[], None] | None = None,
+        start: Callable[[str], BackgroundCall | None] | None = None,
     ) -> None:
         """Start a request's function in a forked process and remember what finalizes it.
 
@@ -71,14 +87,31 @@ class SaveQueue:
             abandon: called on this rank when the save failed on any rank.
             persistent: whether it is a persistent checkpoint, for the failure policy.
             stall_seconds: after so long without progress the process is ended, and the save has failed.
+            storage_seconds: the same where it waits for storage all that time, if it is longer.
+            failed: told on this rank why, before `abandon` is called.
+            halted: told on this rank that the caller waits from now on, for the writing or for the finalize functions.
+            start: starts what takes the place of the forked function, given a name for messages; None, or a return
+                value of None, leaves it to that.
 
         Raises:
             CheckpointError: a rank could not start its process.
         """
-        call = Ranks.current().run(
-            f"starting the background writer of {label}", lambda: _start(request, label, stall_seconds)
+        name, started = f"the background writer of {label}", list[BackgroundCall | None]()
+        begin = lambda: started.append(_start(request, name, stall_seconds, storage_seconds, start))  # noqa: E731
+        try:
+            Ranks.current().run(f"starting {name}", begin)
+        except BaseException:
+            # Another rank could not: nobody would wait for what this one has begun.
+            for call in started:
+                if call is not None:
+                    with _logging_trouble(f"ending {name}"):
+                        call.kill()
+            raise
+        (call,) = started
+        self.scheduled += 1
+        self._pending.append(
+            _Pending(label, persistent, call, request, receive, abandon, failed, halted, Ranks.current().meeting())
         )
-        self._pending.append(_Pending(label, persistent, call, request, receive, abandon))
 
     def finalize(self, blocking: bool = False, settle: Settle = _raise) -> int:
         """Finalize the saves that all ranks have written, and return how many there were.
@@ -96,16 +129,22 @@ class SaveQueue:
         ranks = Ranks.current()
         while self._pending:
             head = self._pending[0]
-            if not blocking and not ranks.all_true("polling", head.call is None or head.call.poll()):
+            if not blocking and not head.meeting.due(head.call is None or head.call.poll()):
                 break
             self._pending.popleft()
+            if head.halted is not None:
+                head.halted()
             try:
                 self._finish(head, ranks)
+                head.meeting.close()
             except BaseException as error:
+                if head.failed is not None:
+                    head.failed(error)
                 if head.abandon is not None:
                     head.abandon()
                 if not isinstance(error, CheckpointError) or isinstance(error, RankLostError):
                     raise
+                head.meeting.close()
                 settle(head.persistent, error)
             else:
                 finalized += 1
@@ -114,29 +153,57 @@ class SaveQueue:
 
     @staticmethod
     def _finish(save: _Pending, ranks: Ranks) -> None:
-        value = ranks.run(f"writing {save.label}", lambda: None if save.call is None else save.call.result())
-        if save.receive is not None:
-            save.receive(value)
+        def collect() -> None:
+            value = None if save.call is None else save.call.result()
+            if save.receive is not None:
+                save.receive(value)
+
+        ranks.run(f"writing {save.label}", collect)
         for function in save.request.finalize_fns:
             ranks.run(f"finalizing {save.label}", function)
 
     def abort(self) -> None:
-        """End every background process of this rank and forget its saves. Not collective."""
-        while self._pending:
-            pending = self._pending.popleft()
-            logger.warning("abandoned %s", pending.label)
-            if pending.call is not None:
-                pending.call.kill()
+        """End every background process of this rank. Not collective, and it never raises.
+
+        What they have written is left to the next start: storage may be why the run ends, so nothing waits for it
+        here, and a local snapshot that is whole on every rank may be the newest that there is.
+        """
+        pending = list(self._pending)
+        self._pending.clear()
+        for save in pending:
+            if save.call is not None:
+                with _logging_trouble(f"ending the background writer of {save.label}"):
+                    save.call.kill()
+        for save in pending:
+            logger.warning("abandoned %s; what it has written is left for the next start", save.label)
+            if save.failed is not None:
+                with _logging_trouble(f"reporting the end of {save.label}"):
+                    save.failed(CheckpointSaveError("abandoned, because the run ended before it was published"))
 
 
-def _start(request: AsyncRequest, label: str, stall_seconds: float) -> ForkedCall[Any] | None:
-    if request.async_fn is None:
-        return None
+@contextlib.contextmanager
+def _logging_trouble(deed: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        logger.exception("%s failed", deed)
+
+
+def _start(
+    request: AsyncRequest,
+    name: str,
+    stall_seconds: float,
+    storage_seconds: float,
+    start: Callable[[str], BackgroundCall | None] | None,
+) -> BackgroundCall | None:
+    call = None if start is None else start(name)
+    if call is not None or request.async_fn is None:
+        return call
     arguments = list(request.async_fn_args)
     if request.preload_fn is not None:
         arguments[1] = request.preload_fn()
     function, keywords = request.async_fn, request.async_fn_kwargs
-    return ForkedCall(lambda: function(*arguments, **keywords), f"the background writer of {label}", stall_seconds)
+    return ForkedCall(lambda: function(*arguments, **keywords), name, stall_seconds, storage_seconds)
 
 
 def schedule_async_save(global_state: Any, async_request: AsyncRequest) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import torch
 from megatron.core import __version__ as megatron_version
@@ -16,17 +17,24 @@ import bridge
 from bridge.training.callbacks import CheckpointKind
 from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.background import BackgroundCall, FinishedCall
 from bridge.training.checkpointing.checksums import DEFAULT
+from bridge.training.checkpointing.errors import CheckpointSaveError
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.files import sync_directory, sync_file, write_file
 from bridge.training.checkpointing.formats import PayloadWrite
 from bridge.training.checkpointing.integrity import FileRecord, Manifest
+from bridge.training.checkpointing.io.background_writer import BackgroundWriter, Files, Patience
 from bridge.training.checkpointing.layout import TRAIN_STATE
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.sidecar import Sidecar
 
+if TYPE_CHECKING:
+    from bridge.training.checkpointing.formats.direct import DirectWrite
+
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,8 @@ class RankReport:
     result: Any
     metrics: dict[str, float] = field(default_factory=dict)
     """What this rank had measured when the save began."""
+    seconds: float = 0.0
+    """That the writing took."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,10 @@ class Committed:
     total_bytes: int
     seconds: float
     """From the start of the save to its publication."""
+    write_seconds: float | None = None
+    """That the slowest rank took to write its files; None if that was not measured."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the run had measured when the save began."""
 
 
 class SaveTask(Protocol):
@@ -81,8 +95,15 @@ class SaveTask(Protocol):
     def started(self) -> float:
         """When it began, by the monotonic clock."""
 
+    @property
+    def published(self) -> bool:
+        """Whether the checkpoint is there, as far as this rank has published it itself."""
+
     def write(self) -> Any:
         """Write this rank's part and return a report of it; run again after a failure, it begins anew."""
+
+    def begin(self, name: str, patience: Patience) -> BackgroundCall | None:
+        """Have this rank's part written by a process that is there for it, from a copy; see `Save.begin`."""
 
     def accept(self, report: Any) -> None:
         """Take the report of this rank's write."""
@@ -115,10 +136,15 @@ class Save:
     """Number of the run's start that saves."""
     checksum: str = field(default=DEFAULT)
     """The kind of checksum that the manifest gets."""
+    writer: BackgroundWriter | None = None
+    """Writes in the background, if that is wanted."""
     report: RankReport | None = field(default=None)
+    published: bool = field(default=False)
+    """On rank 0, which publishes it."""
 
     def write(self) -> RankReport:
         """Write and sync this rank's files. Talks to no other rank, so it may run in a background process."""
+        begun = time.monotonic()
         written, result = self.payload.write(self.checksum)
         records = commit.describe_files(self.staging, written, self.checksum)
         for sidecar in (*self.payload.sidecars, *self.sidecars):
@@ -128,7 +154,50 @@ class Save:
             write_file(path, sidecar.data)
             records.append(FileRecord.of_bytes(sidecar.name, sidecar.data, self.checksum).sampled(self.staging))
         sync_directory(self.staging)
-        return RankReport(records, result, self.metrics)
+        return RankReport(records, result, self.metrics, self.payload.seconds + time.monotonic() - begun)
+
+    def begin(self, name: str, patience: Patience) -> BackgroundCall | None:
+        """Copy this rank's files and have them written by the writer process. Local.
+
+        Args:
+            name: what messages call the process.
+            patience: what is borne before the save has failed.
+
+        Where there can be no such process, and a fork could not read the tensors since they are on a device, the files
+        are written before this returns.
+
+        Returns:
+            What ends in this rank's report; None where a fork is to write, and nothing has happened.
+
+        Raises:
+            CheckpointSaveError: files that are written at once could not be.
+        """
+        direct = self.payload.direct
+        if direct is None:
+            return None
+        call = None if self.writer is None else self._hand_over(direct, self.writer, name, patience)
+        if call is None and not direct.is_on_host:
+            logger.warning("%s cannot be had: training waits until the files are written", name)
+            call = FinishedCall(self._written_at_once(name))
+        if call is not None:
+            # The copy is what is written: nothing here needs the run's tensors any more.
+            self.payload = replace(self.payload, write=_written_elsewhere, direct=None)
+        return call
+
+    def _written_at_once(self, name: str) -> RankReport:
+        return with_retries(f"writing in the place of {name}", self.write, self.policy, Ranks.current().rank)
+
+    def _hand_over(
+        self, direct: DirectWrite, writer: BackgroundWriter, name: str, patience: Patience
+    ) -> BackgroundCall | None:
+        small = [(sidecar.name, sidecar.data) for sidecar in (*self.payload.sidecars, *self.sidecars)]
+        result, metrics = direct.result(), self.metrics
+        return writer.write(
+            Files(direct.images, small, self.staging, self.checksum),
+            name,
+            patience,
+            lambda records, seconds: RankReport(records, result, metrics, seconds),
+        )
 
     def accept(self, report: RankReport) -> None:
         """Take the report of this rank's write."""
@@ -165,12 +234,16 @@ class Save:
         train_state = (self.staging / TRAIN_STATE).read_bytes()
         self._retrying("sealing the files", lambda: commit.seal(self.staging, manifest))
         path = commit.publish(self.staging, self.target.iteration)
+        self.published = True
         self._retrying(
             "moving the trackers",
             lambda: commit.move_trackers(self.target.save_dir, self.target.iteration, train_state),
         )
         seconds = time.monotonic() - self.started
-        return Committed(path, self.target.iteration, self.target.kind, manifest.total_bytes, seconds)
+        slowest = max((report.seconds for report in written), default=None)
+        return Committed(
+            path, self.target.iteration, self.target.kind, manifest.total_bytes, seconds, slowest, manifest.metrics
+        )
 
     def _complete(self, results: list[Any]) -> list[FileRecord]:
         """Write the files that need the results of all ranks."""
@@ -181,6 +254,10 @@ class Save:
 
     def _retrying(self, step: str, action: Callable[[], T]) -> T:
         return with_retries(step, action, self.policy, rank=0)
+
+
+def _written_elsewhere(checksum: str) -> NoReturn:
+    raise CheckpointSaveError("the files of this save have been handed over to another process")
 
 
 def numbers_among(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -115,6 +115,51 @@ def test_a_process_that_waits_for_ever_is_noticed_by_polling() -> None:
         call.result()
 
 
+def hold_in_the_kernel(fifo: Path) -> None:
+    """Be where no signal reaches: until the new process has begun, which waits for somebody to write to it."""
+    waits = [(os.POSIX_SPAWN_OPEN, 0, str(fifo), os.O_RDONLY, 0)]
+    os.waitpid(os.posix_spawn("/bin/true", ["true"], os.environ, file_actions=waits), 0)
+
+
+@pytest.mark.usefixtures("_short_looks")
+def test_a_process_that_storage_holds_is_waited_for_longer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    call = ForkedCall(lambda: hold_in_the_kernel(tmp_path / "fifo"), "writer", stall_seconds=0.6, storage_seconds=60)
+    assert not call.poll(2.0)
+    os.close(os.open(tmp_path / "fifo", os.O_WRONLY))
+    assert call.result() is None
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the process {call.pid} of writer has waited 0.6 s for storage, which has not failed yet; it is ended if that "
+        "lasts until 60 s after its beginning"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limit", "storage_limit", "since", "end"),
+    [
+        (10.0, 100.0, 0.0, 100.0),
+        (10.0, 100.0, 50.0, 100.0),  # the others have waited for it since its beginning
+        (10.0, 100.0, 95.0, 105.0),
+        (10.0, 0.0, 50.0, 60.0),
+    ],
+)
+def test_how_long_storage_is_waited_for_counts_from_the_beginning(
+    limit: float, storage_limit: float, since: float, end: float
+) -> None:
+    watch = liveness.Watch(os.getpid(), "writer", limit, storage_limit, _began=0.0, _since=since)
+    assert watch._end_of_patience() == end
+
+
+@pytest.mark.usefixtures("_short_looks")
+def test_a_process_that_storage_holds_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    call = ForkedCall(lambda: hold_in_the_kernel(tmp_path / "fifo"), "writer", stall_seconds=0.5, storage_seconds=1.0)
+    while not call.poll():
+        time.sleep(0.02)
+    with pytest.raises(CheckpointSaveError, match=r"waits for storage and has done nothing for 1 s"):
+        call.result()
+
+
 @pytest.mark.usefixtures("_short_looks")
 @pytest.mark.parametrize("in_a_child", [False, True])
 def test_a_process_that_gets_on_slowly_is_left_alone(tmp_path: Path, in_a_child: bool) -> None:

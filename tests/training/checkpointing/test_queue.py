@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,3 +128,43 @@ def test_nothing_is_finalized_without_async_save() -> None:
     assert len(queue) == 1
     queue.abort()
     assert len(queue) == 0
+
+
+def test_an_aborted_save_is_ended_and_what_it_has_written_is_left_to_the_next_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    staging = tmp_path / "staging"
+
+    def write() -> None:
+        staging.mkdir()
+        (staging / "shard").write_bytes(b"half")
+        time.sleep(60)
+
+    told: list[str] = []
+
+    def failed(error: BaseException) -> None:
+        told.append(str(error))
+        raise OSError(5, "the disk is gone")
+
+    def abandon() -> None:
+        told.append("storage is touched")
+
+    queue = SaveQueue()
+    queue.schedule(AsyncRequest(write, (), []), "a save", abandon=abandon, failed=failed)
+    queue.schedule(AsyncRequest(None, (), []), "another", abandon=abandon, failed=failed)
+    call = queue._pending[0].call
+    assert call is not None
+    while not (staging / "shard").exists():
+        time.sleep(0.01)
+    queue.abort()
+    assert told == ["abandoned, because the run ended before it was published"] * 2
+    assert ((staging / "shard").read_bytes(), len(queue)) == (b"half", 0)
+    with pytest.raises(CheckpointSaveError, match="was killed by SIGKILL"):
+        call.result()
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message for message in messages if message.startswith(("abandoned", "reporting"))] == [
+        "abandoned a save; what it has written is left for the next start",
+        "reporting the end of a save failed",
+        "abandoned another; what it has written is left for the next start",
+        "reporting the end of another failed",
+    ]

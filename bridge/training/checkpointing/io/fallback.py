@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
-from typing import IO, cast
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from bridge.training.checkpointing.errors import CheckpointDamagedError
-from bridge.training.checkpointing.io.files import unreadable
+from bridge.training.checkpointing.io.files import read_bytes
 from bridge.training.checkpointing.io.plan import Want
+from bridge.training.checkpointing.readable import ReadableFile
 from bridge.training.checkpointing.safety.safe_globals import load_error
 
 
-def read_with_torch(path: Path, want: Want) -> None:
+def read_with_torch(path: Path | ReadableFile, want: Want) -> None:
     """Read a part of a stored tensor with `torch.load`, which reads all of it.
 
     Raises:
         CheckpointDamagedError: the record is unreadable, or holds something else.
         UnsafeCheckpointError: it holds an object that is not allowed.
     """
+    record = io.BytesIO(read_bytes(path, want.at, want.length))
     try:
-        with path.open("rb") as file:
-            view = _create_file_view(file, want.at, want.length)
-            stored = torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise unreadable(path, error) from error
+        stored = torch.load(record, map_location="cpu", weights_only=True)
     except Exception as error:  # there is no error that unpickling garbled bytes may not raise
         raise load_error(error, f"{path} ({want.key})", "tensor") from error
     if not isinstance(stored, torch.Tensor) or tuple(stored.shape) != want.shape:

@@ -8,29 +8,47 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bridge.training.checkpointing.errors import CheckpointDamagedError
+from bridge.training.checkpointing.readable import ReadableFile
 
 _AT_ONCE = 1 << 30
 """The system reads no more than 2 GiB at once."""
 
 
 @contextmanager
-def opened(paths: Mapping[str, Path]) -> Iterator[Mapping[str, OpenFile]]:
-    """Files by name, open while the context lasts.
+def opened(paths: Mapping[str, Path | ReadableFile]) -> Iterator[Mapping[str, ReadableFile]]:
+    """Files by name, open while the context lasts; those that are no paths are open already.
 
     Raises:
         CheckpointDamagedError: one cannot be opened.
     """
-    files: dict[str, OpenFile] = {}
+    files: dict[str, ReadableFile] = {}
+    own: list[OpenFile] = []
     try:
         for name, path in paths.items():
+            if not isinstance(path, Path):
+                files[name] = path
+                continue
             try:
-                files[name] = OpenFile(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+                own.append(OpenFile(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)))
             except OSError as error:
                 raise unreadable(path, error) from error
+            files[name] = own[-1]
         yield files
     finally:
-        for file in files.values():
+        for file in own:
             os.close(file.descriptor)
+
+
+def read_bytes(source: Path | ReadableFile, at: int, length: int) -> bytearray:
+    """Some bytes of a file.
+
+    Raises:
+        CheckpointError: it cannot be opened, ends before that, or storage fails.
+    """
+    data = bytearray(length)
+    with opened({"": source}) as files:
+        files[""].read(memoryview(data), at)
+    return data
 
 
 class OpenFile:
@@ -41,6 +59,9 @@ class OpenFile:
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self.descriptor = descriptor
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     def read(self, into: memoryview, at: int) -> None:
         """Fill memory with what the file holds from byte `at` on.

@@ -17,8 +17,9 @@ from torch.futures import Future
 from bridge.training.checkpointing.errors import CheckpointDamagedError
 from bridge.training.checkpointing.io.plan import Want
 from bridge.training.checkpointing.io.reading import ReadOptions, ReadStats, read_wants
+from bridge.training.checkpointing.io.stored import open_stored
 from bridge.training.checkpointing.safety.containment import contained_file
-from bridge.training.checkpointing.safety.payload_metadata import read_payload_metadata
+from bridge.training.checkpointing.safety.payload_metadata import without_collector
 from bridge.training.checkpointing.safety.safe_globals import load_torch_bytes
 
 
@@ -49,7 +50,8 @@ class DirectReader(FileSystemReader):
         Raises:
             CheckpointError: the file is absent or unreadable, or names what it may not.
         """
-        self._metadata = read_payload_metadata(Path(self.path))
+        with without_collector():
+            self._metadata = open_stored(Path(self.path)).metadata()
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

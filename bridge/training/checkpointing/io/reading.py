@@ -28,6 +28,7 @@ from bridge.training.checkpointing.io.files import OpenFile, opened
 from bridge.training.checkpointing.io.memory import Scratch, bytes_of, is_plain, memory_at
 from bridge.training.checkpointing.io.plan import PAGE, Batch, Want, batches, blocks_of, runs_of, split
 from bridge.training.checkpointing.io.record import HEAD, TAIL, Layouts
+from bridge.training.checkpointing.readable import ReadableFile
 
 _SMALL = 256 << 10
 """Bytes of a record up to which it is read whole, with its neighbours."""
@@ -52,6 +53,14 @@ class ReadOptions:
     """Bytes of buffers, all threads together."""
     gap: int = PAGE
     """Bytes that are read, though nobody needs them, rather than reading on both sides of them."""
+    small: int = _SMALL
+    """Bytes of a record up to which it is read whole, with its neighbours."""
+    small_part: int = _SMALL_PART
+    """The same where only a part of the tensor is needed."""
+    batch: int = _BATCH
+    """Bytes of small records that are read at once."""
+    spread: bool = False
+    """Whether small records are read by all threads too: where a read takes long, however little it reads."""
 
 
 @dataclass
@@ -69,7 +78,9 @@ class ReadStats:
     """Parts that were left to torch's reader."""
 
 
-def read_wants(wants: Sequence[Want], paths: Mapping[str, Path], options: ReadOptions | None = None) -> ReadStats:
+def read_wants(
+    wants: Sequence[Want], paths: Mapping[str, Path | ReadableFile], options: ReadOptions | None = None
+) -> ReadStats:
     """Read parts of stored tensors into their targets. Local.
 
     Args:
@@ -110,16 +121,24 @@ class _Reading:
         self._copies = DeviceCopies(devices)
         self._lock = Lock()
         self._stats = ReadStats()
-        self._unrecognised: list[tuple[Path, Want]] = []
+        self._unrecognised: list[tuple[Path | ReadableFile, Want]] = []
 
-    def read(self, files: Iterable[tuple[OpenFile, list[Want]]]) -> None:
-        large: list[tuple[OpenFile, Want]] = []
+    def read(self, files: Iterable[tuple[ReadableFile, list[Want]]]) -> None:
+        large: list[tuple[ReadableFile, Want]] = []
+        small_ones: list[tuple[ReadableFile, list[Want]]] = []
+        whole, part = self._options.small, self._options.small_part
         for file, wants in files:
             wants.sort(key=attrgetter("at"))
-            small = [want for want in wants if want.length <= (_SMALL if want.box is None else _SMALL_PART)]
+            small = [want for want in wants if want.length <= (whole if want.box is None else part)]
             if len(small) < len(wants):
-                large += [(file, want) for want in wants if want.length > (_SMALL if want.box is None else _SMALL_PART)]
-            self._read_small(file, small)
+                large += [(file, want) for want in wants if want.length > (whole if want.box is None else part)]
+            if self._options.spread:
+                small_ones += [(file, some) for some in runs_within(small, self._options.batch)]
+            else:
+                self._read_small(file, small)
+        if small_ones:
+            with ThreadPoolExecutor(self._threads, thread_name_prefix="checkpoint-read") as pool:
+                list(pool.map(lambda each: self._read_small(*each), small_ones))
         self._read_large(large)
 
     def finish(self, wants: Sequence[Want]) -> ReadStats:
@@ -136,19 +155,19 @@ class _Reading:
 
     # Small records -------------------------------------------------------------------------------------------------
 
-    def _read_small(self, file: OpenFile, wants: list[Want]) -> None:
+    def _read_small(self, file: ReadableFile, wants: list[Want]) -> None:
         if not wants:
             return
         longest = max(want.length for want in wants)
         span = max(want.at + want.length for want in wants) - wants[0].at
-        buffer = bytearray(max(1, min(span, max(longest, min(self._room, _BATCH)))))
+        buffer = bytearray(max(1, min(span, max(longest, min(self._room, self._options.batch)))))
         whole = memoryview(buffer)
         address = ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer))
         for batch in batches(wants, len(buffer), self._options.gap):
             file.read(whole[: batch.length], batch.at)
             self._place(file, batch, buffer, address)
 
-    def _place(self, file: OpenFile, batch: Batch, buffer: bytearray, address: int) -> None:
+    def _place(self, file: ReadableFile, batch: Batch, buffer: bytearray, address: int) -> None:
         # Millions of tensors pass through here: what is looked up once is not looked up for each.
         find, begin, plain, move = self._layouts.payload, batch.at, is_plain, ctypes.memmove
         held = 0
@@ -156,15 +175,14 @@ class _Reading:
             at, length, dtype, target = want.at - begin, want.length, want.dtype, want.target
             start, size = find(buffer, at, buffer, at + length, length, dtype, want.shape)
             if start < 0:
-                self._unrecognised.append((file.path, want))
+                self._unrecognised.append((_lasting(file), want))
                 continue
             held += size
             if want.box is None and plain(target, dtype):
                 move(target.data_ptr(), address + at + start, size)
             else:
                 self._take_part(want, memory_at(address + at + start, size))
-        self._stats.read += held
-        self._stats.framing += batch.length - held
+        self._count(held, batch.length - held)
 
     def _take_part(self, want: Want, payload: memoryview) -> None:
         """Copy a part of a tensor that is in a buffer."""
@@ -176,7 +194,7 @@ class _Reading:
 
     # Large records -------------------------------------------------------------------------------------------------
 
-    def _read_large(self, wants: list[tuple[OpenFile, Want]]) -> None:
+    def _read_large(self, wants: list[tuple[ReadableFile, Want]]) -> None:
         if sum(want.needed for _, want in wants) < _THREADED or self._threads == 1:
             for file, want in wants:
                 for piece in self._pieces(file, want):
@@ -192,12 +210,12 @@ class _Reading:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _pieces(self, file: OpenFile, want: Want) -> Iterator[Callable[[], None]]:
+    def _pieces(self, file: ReadableFile, want: Want) -> Iterator[Callable[[], None]]:
         """What is to be done for one tensor."""
         start = self._find(file, want)
         if start < 0:
             with self._lock:
-                self._unrecognised.append((file.path, want))
+                self._unrecognised.append((_lasting(file), want))
             return
         begin = want.at + start
         if want.box is None and is_plain(want.target, want.dtype):
@@ -206,7 +224,7 @@ class _Reading:
         for part in split(want, min(self._room, _PIECE)):
             yield partial(self._read_part, file, part, begin)
 
-    def _find(self, file: OpenFile, want: Want) -> int:
+    def _find(self, file: ReadableFile, want: Want) -> int:
         first, last = min(HEAD, want.length), min(TAIL, want.length)
         head, tail = bytearray(first), bytearray(last)
         file.read(memoryview(head), want.at)
@@ -214,13 +232,13 @@ class _Reading:
         self._count(0, first + last)
         return self._layouts.payload(head, 0, tail, last, want.length, want.dtype, want.shape)[0]
 
-    def _pieces_in_place(self, file: OpenFile, want: Want, begin: int) -> Iterator[Callable[[], None]]:
+    def _pieces_in_place(self, file: ReadableFile, want: Want, begin: int) -> Iterator[Callable[[], None]]:
         memory = bytes_of(want.target)
         self._count(len(memory), 0)
         for at in range(0, len(memory), _PIECE):
             yield partial(file.read, memory[at : at + _PIECE], begin + at)
 
-    def _read_part(self, file: OpenFile, want: Want, begin: int) -> None:
+    def _read_part(self, file: ReadableFile, want: Want, begin: int) -> None:
         """Read a box of up to one buffer's size."""
         first, lengths = want.box or ((0,) * len(want.shape), want.shape)
         blocks = blocks_of(runs_of(want.shape, first, lengths, want.dtype.itemsize), self._options.gap)
@@ -255,6 +273,23 @@ class _Reading:
         with self._lock:
             self._stats.read += read
             self._stats.framing += framing
+
+
+def runs_within(wants: Iterable[Want], limit: int) -> Iterator[list[Want]]:
+    """Divide wants, in the order of their places, into lists that span up to `limit` bytes of the file each."""
+    some: list[Want] = []
+    for want in wants:
+        if some and want.at + want.length - some[0].at > limit:
+            yield some
+            some = []
+        some.append(want)
+    if some:
+        yield some
+
+
+def _lasting(file: ReadableFile) -> Path | ReadableFile:
+    """What a file can be read from when it has been closed."""
+    return file.path if isinstance(file, OpenFile) else file
 
 
 def _gather(source: memoryview, length: int, counts: tuple[int, ...], steps: tuple[int, ...], sink: memoryview) -> None:

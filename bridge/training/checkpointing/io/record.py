@@ -37,7 +37,7 @@ _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 
 _INTEGER = rb"(?:K.|M..|J.{4}|\x8a(?:\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}))"
 _TUPLE = rb"(?:\)|(?:%(i)s\x85|%(i)s{2}\x86|%(i)s{3}\x87|\(%(i)s{4,}t)q.)" % {b"i": _INTEGER}
-_DESCRIPTION = re.compile(
+DESCRIPTION = re.compile(
     rb"\x80\x02ctorch\._utils\n(?P<call>_rebuild_tensor_v[23])\nq."
     rb"\(\(X\x07\x00\x00\x00storageq."
     rb"c(?P<storage>torch\n\w+|torch\.storage\nUntypedStorage)\nq."
@@ -95,7 +95,7 @@ class Described:
 
 def describe_tensor(pickled: bytes) -> Described | None:
     """What a `data.pkl` describes; None where that is not one contiguous tensor in the form that torch writes."""
-    found = _DESCRIPTION.fullmatch(pickled)
+    found = DESCRIPTION.fullmatch(pickled)
     if found is None:
         return None
     untyped = found["storage"] == _UNTYPED

@@ -16,12 +16,12 @@ def test_the_benchmark_writes_every_way_and_ratio(tmp_path: Path) -> None:
     command += ["--directory", str(tmp_path), "--json", str(out), "--markdown", str(table)]
     subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=SCRIPT.parents[2])
     workloads = json.loads(out.read_text())["workloads"]
-    common = {"raw", "torch.load", "dcp", "dcp direct", "megatron", "direct", "manager"}
+    common = {"raw", "torch.load", "dcp", "dcp direct", "megatron", "direct", "manager", "own"}
     assert workloads["small"]["seconds"].keys() == common
     assert workloads["large"]["seconds"].keys() == common | {"slice", "slice direct"}
     assert workloads["large"]["ratios"].keys() == {
         *("direct / raw", "megatron / direct", "megatron / manager", "dcp / dcp direct", "torch.load / direct"),
-        "slice / slice direct",
+        *("slice / slice direct", "megatron / own", "own / raw"),
     }
     assert "### large: 2 tensors of 1048576 bytes" in table.read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"load.json", "load.md"}
