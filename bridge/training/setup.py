@@ -22,6 +22,7 @@ from bridge.training.checkpointing import (
     create_checkpoint_manager,
 )
 from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.events.configured import add_configured
 from bridge.training.checkpointing.loading import load_pretrained
 from bridge.training.checkpointing.restoring import LiveState
 from bridge.training.config import ConfigContainer
@@ -111,6 +112,19 @@ def setup(
 
     tokenizer = build_tokenizer(cfg.tokenizer)
     state = GlobalState(cfg=cfg, tokenizer=tokenizer)
+    add_configured(state.events, cfg.logger, Ranks.current())
+    try:
+        return _build(state, tokenizer, callbacks or CallbackManager(), iterator_builder)
+    except BaseException:
+        state.events.close()
+        raise
+
+
+def _build(
+    state: GlobalState, tokenizer: MegatronTokenizer, callbacks: CallbackManager, iterator_builder: IteratorBuilder
+) -> Run:
+    """Build what the state's configuration asks for, and load into it. Collective over all ranks."""
+    cfg = state.cfg
     manager = create_checkpoint_manager(cfg.checkpoint)
     data_parallel_size = parallel_state.get_data_parallel_world_size()
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -126,7 +140,7 @@ def setup(
         scheduler=scheduler,
         train_data_iterator=None,
         manager=manager,
-        callback_manager=callbacks or CallbackManager(),
+        callback_manager=callbacks,
         pg_collection=groups,
         flops_per_sequence=flops_per_sequence(cfg.model, padded_vocab_size(cfg.model, tokenizer.vocab_size)),
     )

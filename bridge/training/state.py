@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bridge.training.callbacks import CheckpointKind
+from bridge.training.checkpointing.events.stream import EventStream
 from bridge.training.checkpointing.failures.history import SaveFailures
 from bridge.training.checkpointing.queue import SaveQueue
 
@@ -75,6 +76,8 @@ class GlobalState:
     """Asynchronous saves under way on this rank, the same number on every rank."""
     save_failures: SaveFailures = field(default_factory=SaveFailures)
     """Saves that have failed in a row."""
+    events: EventStream = field(default_factory=EventStream)
+    """Takes what happens to checkpoints to those who want to know."""
     dataloader_state: DataloaderState | None = None
     """What the loaded checkpoint holds for this rank's data iterator, until the iterator takes it."""
     loaded_from: str | None = None
@@ -83,9 +86,21 @@ class GlobalState:
     """Of which kind that checkpoint is."""
     resumed_at: int | None = None
     """Iteration that this run goes on from; 0 for a fresh start, None before anything was loaded or found absent."""
+    resumed_start: tuple[str, int] = ("", 0)
+    """Save directory of the run that saved the checkpoint which this run goes on from, and the number of its start."""
+    counted_starts: dict[str, int] = field(default_factory=dict)
+    """By save directory, the number under which this process saves there since it has last loaded something."""
     peft: PEFT | None = None
     """What the model was adapted by; from then on checkpoints hold its adapters only. None trains the whole model."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What the last step measured, by name, on the ranks that know it; saved with a checkpoint, to choose the best."""
     base_checkpoint: str | None = None
     """Directory of the checkpoint that the model came from which `peft` adapted."""
+
+    def begin_anew(self) -> None:
+        """Take note that something was loaded, or found absent: what this process saves from now on goes on from there.
+
+        Until more is known, from a checkpoint of another run.
+        """
+        self.resumed_start = ("", 0)
+        self.counted_starts.clear()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from bridge import accelerator
 from bridge.training.callbacks import CallbackContext, CallbackManager
-from bridge.training.checkpointing import CheckpointSaveContext
+from bridge.training.checkpointing import CheckpointError, CheckpointSaveContext, RankLostError
+from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.events.configured import add_configured
+from bridge.training.checkpointing.events.kinds import RunEnded, RunStarted
 from bridge.training.config import ConfigContainer
 from bridge.training.data import IteratorBuilder, build_train_iterator
 from bridge.training.flops import add_flops
@@ -85,6 +89,8 @@ def train(run: Run, clock: Callable[[], float] = time.monotonic) -> TrainOutcome
         if run.state.async_calls_queue is not None:
             run.state.async_calls_queue.abort()
         raise
+    finally:
+        run.state.events.close()
 
 
 def _train(run: Run, clock: Callable[[], float]) -> TrainOutcome:
@@ -92,6 +98,8 @@ def _train(run: Run, clock: Callable[[], float]) -> TrainOutcome:
     train_iters = required_train_iters(cfg)
     if progress.step >= train_iters:
         logger.warning("train.train_iters (%d) was reached before: iteration %d is loaded", train_iters, progress.step)
+    add_configured(run.state.events, cfg.logger, Ranks.current())  # where an earlier call has ended them
+    run.state.events.emit(_started(run))
     run.callback_manager.fire("on_train_start", _callback_context(run))
     with CaughtSignals(watched_signals(cfg.train, cfg.checkpoint)) as signals:
         watch = StepWatch(cfg.train, cfg.checkpoint, signals, clock)
@@ -103,6 +111,7 @@ def _train(run: Run, clock: Callable[[], float]) -> TrainOutcome:
     run.callback_manager.fire("on_train_end", _callback_context(run))
     reached_end = progress.step >= train_iters
     reason = f"train.train_iters ({train_iters}) reached" if reached_end else str(exit_reason)
+    run.state.events.emit(RunEnded(iteration=progress.step, reason=reason))
     logger.info("training ended after iteration %d: %s", progress.step, reason)
     return TrainOutcome(reached_end, reason, progress.step, exit_code)
 
@@ -123,29 +132,79 @@ def _run_steps(run: Run, train_iters: int, watch: StepWatch, metrics_file: Metri
             decision, exit_code = decisions.after_failed_step(failed.reason, failed.save), failed.exit_code
             break
         position = None
-        decision = decisions.after_step(watch.agree(progress.step))
+        moment = watch.agree(progress.step)
+        decision = decisions.after_step(moment)
         if decision.exit_reason is None:
-            _carry_out(run, decision, watch)
+            asked = moment.requested or run.cfg.checkpoint.save_signal in moment.signals
+            _carry_out(run, decision, watch, must_be_made=asked)
     _finish_saves(run, decision, watch, position)
     return decision.exit_reason, exit_code
 
 
 def _finish_saves(run: Run, last: Decision, watch: StepWatch, position: Position | None) -> None:
     """Make the run's last save, if there is one, and wait until all are published."""
-    _carry_out(run, last, watch, position)
-    run.manager.finalize_async_saves(run.state, blocking=True, terminate=True)
+    with _raising_afterwards(_wait_for_saves(run) if last.save is not None else None):
+        _carry_out(run, last, watch, position)
+        run.manager.finalize_async_saves(run.state, blocking=True, terminate=True)
 
 
-def _carry_out(run: Run, decision: Decision, watch: StepWatch, position: Position | None = None) -> None:
-    """Save what was decided; with `position` for the data iterator, in place of where it is."""
+@contextlib.contextmanager
+def _raising_afterwards(failed: CheckpointError | None) -> Iterator[None]:
+    """Raise an earlier save's failure when something else has been done; only log it where that fails as well."""
+    try:
+        yield
+    except BaseException:
+        if failed is not None:
+            logger.error("an earlier save had failed too: %s", failed)
+        raise
+    if failed is not None:
+        raise failed
+
+
+def _wait_for_saves(run: Run) -> CheckpointError | None:
+    """Wait for the saves under way, for which the next one would be left out; return what one of them failed for."""
+    if run.cfg.checkpoint.async_when_busy != "skip":
+        return None
+    try:
+        run.manager.finalize_async_saves(run.state, blocking=True)
+    except RankLostError:
+        raise
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def _carry_out(
+    run: Run, decision: Decision, watch: StepWatch, position: Position | None = None, must_be_made: bool = False
+) -> None:
+    """Save what was decided.
+
+    Args:
+        run: the run.
+        decision: what is saved.
+        watch: is told.
+        position: of the data iterator, in place of where it is.
+        must_be_made: whether somebody has asked for it, so that it is not left out while another is written.
+    """
     if decision.save is None:
         return
-    iteration = run.state.train_state.step
+    if must_be_made and decision.save == "persistent":
+        failed = _wait_for_saves(run)
+        with _raising_afterwards(failed):
+            _carry_out(run, decision, watch, position)
+            if failed is not None:
+                run.manager.finalize_async_saves(run.state, blocking=True)
+        return
+    cfg, iteration = run.cfg.checkpoint, run.state.train_state.step
     logger.info("saving a %s checkpoint of iteration %d: %s", decision.save, iteration, decision.why)
     if decision.save == "persistent":
         watch.saving(iteration)
+    queue = run.state.async_calls_queue
+    begun = 0 if queue is None else queue.scheduled
     _save(run, decision.save, position)
-    if decision.save == "persistent":
+    is_busy = queue is not None and len(queue) > 0 and queue.scheduled == begun
+    was_left_out = cfg.async_when_busy == "skip" and is_busy
+    if decision.save == "persistent" and not was_left_out:
         watch.saved()
 
 
@@ -204,6 +263,12 @@ def _save(run: Run, kind: SaveKind, position: Position | None) -> None:
         pg_collection=run.pg_collection,
     )
     run.manager.save(context, run.callback_manager)
+
+
+def _started(run: Run) -> RunStarted:
+    path = run.cfg.logger.metrics_path
+    metrics_path = None if path is None else str(Path(path).absolute())
+    return RunStarted(iteration=run.state.train_state.step, world_size=dist.get_world_size(), metrics_path=metrics_path)
 
 
 def _callback_context(run: Run) -> CallbackContext:
