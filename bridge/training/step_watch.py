@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from bridge import accelerator
 from bridge.training.callbacks import CallbackContext
+from bridge.training.checkpointing.objects.places import save_directory
 from bridge.training.config import CheckpointConfig, TrainingConfig
 from bridge.training.save_decisions import Moment
 from bridge.training.save_request import SaveRequest
@@ -44,7 +44,7 @@ class StepWatch:
         if checkpoint.save is not None:
             decides = dist.get_rank() == 0
             if decides:
-                self._request = SaveRequest(Path(checkpoint.save).expanduser(), clock)
+                self._request = SaveRequest(save_directory(checkpoint), clock)
             self._inputs[_REQUESTED] = lambda: self._request is not None and self._request.is_open()
             if checkpoint.save_interval_minutes is not None:
                 self._inputs[_SINCE_SAVE] = lambda: clock() - self._last_save if decides else 0.0

@@ -10,9 +10,12 @@ from typing import Any, Protocol, runtime_checkable
 from bridge.training.callbacks import CallbackManager
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.loading import load_checkpoint
+from bridge.training.checkpointing.objects.places import save_directory
+from bridge.training.checkpointing.objects.run import finish_uploads, longest_wait
+from bridge.training.checkpointing.ownership import WAIT_SECONDS, announce_end
 from bridge.training.checkpointing.preparing import release
 from bridge.training.checkpointing.queue import maybe_finalize_async_save
-from bridge.training.checkpointing.retention.trash import trash_of
+from bridge.training.checkpointing.retention.trash import FINISH_SECONDS, Trash, trash_of
 from bridge.training.checkpointing.saving import save_checkpoint
 
 _DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -128,12 +131,22 @@ class DefaultCheckpointManager:
         """Finish asynchronous saves; see `maybe_finalize_async_save`.
 
         With `terminate`, which ends a run in good order, the memory of its in-memory checkpoints is freed and the
-        deletion of old checkpoints waited for as well.
+        deletion of old checkpoints waited for as well, and so are uploads to object storage.
         """
         maybe_finalize_async_save(state, self.checkpoint_config, blocking=blocking, terminate=terminate)
         if terminate:
+            trash = trash_of(self._context)
+            self._announce_end(trash)
             release(self._context, Ranks.current())
-            trash_of(self._context).finish()
+            trash.finish()
+            finish_uploads(self.checkpoint_config, self._context, Ranks.current())
+
+    def _announce_end(self, trash: Trash) -> None:
+        """Tell a successor that waits for the directory how long that may still take."""
+        uploading = longest_wait(self.checkpoint_config, self._context)
+        if self.checkpoint_config.save is not None and (uploading or not trash.is_empty):
+            # What comes after both is given the time that everybody has.
+            announce_end(save_directory(self.checkpoint_config), FINISH_SECONDS + uploading + WAIT_SECONDS)
 
 
 def create_checkpoint_manager(checkpoint_config: Any) -> CheckpointManager:
