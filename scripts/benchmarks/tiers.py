@@ -1,9 +1,10 @@
 """What each tier costs: how long a save holds up training, when it counts, and how long a restart takes to load it.
 
-    .venv/bin/python scripts/benchmarks/tiers.py [--layers N] [--hidden-size N] [--ranks N] [--saves N] [--directory D]
+    .venv/bin/python scripts/benchmarks/tiers.py [--layers N] [--hidden-size N] [--ranks N] [--saves N] [--restarts N]
+        [--tiers 'NAME; NAME'] [--directory D]
 
 Data-parallel ranks share out the same model and its optimizer. For each tier they save several times, and are then
-lost; the next processes load what was saved.
+lost; the next processes load what was saved, one tier after the other, several times over.
 
     stall     seconds that training waits for a save: in the save itself, and while it is found done and published
     complete  from the beginning of the save until a restart would take it
@@ -11,6 +12,7 @@ lost; the next processes load what was saved.
     cached    loading it once more
 
 Stalls and completions are medians of the saves after the first two, in which memory is found and the plan is made.
+Of restarts the shortest is given and the median: whatever else the machine does falls on all tiers alike.
 Nothing is computed between the saves, so background writers have the cores for themselves. Times are of the slowest
 rank. Each is compared with what the machine itself takes for the same bytes, divided among the ranks, in the same
 run: copying them into memory that was touched before, writing and syncing them, reading them.
@@ -50,8 +52,8 @@ class Result:
 
     stall: float
     complete: float
-    restart: float
-    cached: float
+    restarts: list[float]
+    cached: list[float]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,10 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--saves", type=int, default=5, help=f"of each tier; more than {WARM_UP}")
+    parser.add_argument("--restarts", type=int, default=3, help="of each tier, in turns")
+    first, *others = TIERS
+    parser.add_argument("--tiers", default="; ".join(others), help=f"beside '{first}'; by default '%(default)s'")
     parser.add_argument("--directory", type=Path, help="where to save; by default the system's place for such things")
     options = parser.parse_args(arguments)
     if options.saves <= WARM_UP:
         parser.error(f"--saves must be more than {WARM_UP}")
+    tiers = [first, *(name.strip() for name in options.tiers.split(";"))]
+    if unknown := [name for name in tiers if name not in TIERS]:
+        parser.error(f"--tiers: {unknown[0]!r} is none of '{'; '.join(TIERS)}'")
     warnings.simplefilter("ignore")
     from bridge import accelerator
 
@@ -73,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         root = Path(directory)
-        results = {tier: _measured(tier, root / str(number), options) for number, tier in enumerate(TIERS)}
+        results = _measured({tier: root / str(number) for number, tier in enumerate(tiers)}, options)
         size = sum(file.stat().st_size for file in (root / "0" / "run" / "iter_0000001").rglob("*.distcp"))
         raw = _on_ranks(_machine, options.ranks, root, size // options.ranks)
     _print(results, raw, size)
@@ -86,28 +94,38 @@ def _print(results: dict[str, Result], raw: dict[str, float], size: int) -> None
     print(f"{'tier':<18} {'stall':>15} {'complete':>15} {'restart':>15} {'cached':>15}")
     for tier, result in results.items():
         disk = tier != "in memory"
-        peers = {
-            "stall": raw["copy"],
-            "complete": raw["write"] if disk else raw["copy"],
-            "restart": raw["read"] if disk else raw["copy"],
-            "cached": raw["read cached"] if disk else raw["copy"],
+        seconds = {
+            "stall": (result.stall, raw["copy"]),
+            "complete": (result.complete, raw["write"] if disk else raw["copy"]),
+            "restart": (min(result.restarts), raw["read"] if disk else raw["copy"]),
+            "cached": (min(result.cached), raw["read cached"] if disk else raw["copy"]),
         }
-        cells = [f"{getattr(result, name):.2f} s ({getattr(result, name) / peer:.1f})" for name, peer in peers.items()]
-        print(f"{tier:<18} " + " ".join(f"{cell:>15}" for cell in cells))
+        cells = [f"{taken:.2f} s ({taken / peer:.1f})" for taken, peer in seconds.values()]
+        medians = f"medians of restarts {statistics.median(result.restarts):.2f} {statistics.median(result.cached):.2f}"
+        print(f"{tier:<18} " + " ".join(f"{cell:>15}" for cell in cells), medians)
 
 
-def _measured(tier: str, root: Path, options: argparse.Namespace) -> Result:
+def _measured(places: dict[str, Path], options: argparse.Namespace) -> dict[str, Result]:
     from bridge.training.checkpointing.tiers.memory.keeper_readers import release_session
     from bridge.training.checkpointing.tiers.session import SESSION, session_of
 
+    saves, restarts = {}, {tier: list[list[float]]() for tier in places}
     try:
-        stalls, completions = _on_ranks(_save, options.ranks, tier, root, options)
-        restarts = _on_ranks(_restart, options.ranks, tier, root, options)
+        for tier, root in places.items():
+            saves[tier] = _on_ranks(_save, options.ranks, tier, root, options)
+        for _ in range(options.restarts):
+            for tier, root in places.items():
+                restarts[tier].append(_on_ranks(_restart, options.ranks, tier, root, options))
     finally:
-        if (root / "run" / SESSION).exists():
-            release_session(session_of(root / "run"))
-    median = [statistics.median(times[WARM_UP:]) for times in (stalls, completions)]
-    return Result(median[0], median[1], restarts[0], restarts[1])
+        for root in places.values():
+            if (root / "run" / SESSION).exists():
+                release_session(session_of(root / "run"))
+    results = {}
+    for tier, (stalls, completions) in saves.items():
+        first, second = zip(*restarts[tier], strict=True)
+        median = [statistics.median(times[WARM_UP:]) for times in (stalls, completions)]
+        results[tier] = Result(*median, list(first), list(second))
+    return results
 
 
 def _on_ranks(work: Callable[..., Any], ranks: int, *arguments: Any) -> Any:

@@ -141,6 +141,21 @@ def abandon(staging: Path) -> None:
         logger.warning("could not remove the failed save in %s: %s", staging, error)
 
 
+def unpublished(save_dir: Path) -> dict[str, str]:
+    """What `recover` publishes: sealed staging directories, and the names that they get. Nothing is changed.
+
+    Of several that would get one name it is the first.
+    """
+    found: dict[str, str] = {}
+    for name in list_checkpoints(save_dir).leftovers:
+        target = staged_name(name)
+        if target is None or target in found.values() or (save_dir / target).exists():
+            continue
+        if _is_sealed(save_dir / name):
+            found[name] = target
+    return found
+
+
 def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) -> None:
     """Clean up after saves and deletions that a crash cut short.
 
@@ -148,13 +163,20 @@ def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) 
     be deleted, under names that never count; by default it is deleted before this returns.
 
     A sealed staging directory whose `iter_N` is absent may be the second half of a replacement, so it is
-    published rather than deleted; the trackers stay where they are. Everything else unfinished is deleted.
+    published rather than deleted; the trackers stay where they are. Everything else unfinished is deleted. What
+    becomes of each is logged, and who has left it.
     """
     trash: list[Path] = []
-    for name in list_checkpoints(save_dir).leftovers:
+    leftovers = list_checkpoints(save_dir).leftovers
+    if leftovers:
+        owner = ownership.predecessor_of(save_dir)
+        whose = f"the run that had it before ({owner})" if owner else "an earlier run, which has not said who it is"
+        logger.warning("%s holds %d unfinished things of %s", save_dir, len(leftovers), whose)
+    sealed = unpublished(save_dir)
+    for name in leftovers:
         path = save_dir / name
         target = staged_name(name)
-        if target is not None and not (save_dir / target).exists() and _is_sealed(path):
+        if target is not None and name in sealed:
             path.rename(save_dir / target)
             sync_directory(save_dir)
             logger.warning("published %s, which a crash had left complete as %s", target, name)
@@ -162,8 +184,10 @@ def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) 
             logger.warning("removing %s: a save that did not finish", path)
             trash.append(move_to_trash(path))
         elif path.is_dir() and not path.is_symlink():
+            logger.warning("deleting %s: a deletion that did not finish", path)
             trash.append(path)
         else:
+            logger.warning("deleting %s: a file that was not written to its end", path)
             _delete(path)
     if delete is not None:
         delete(trash)

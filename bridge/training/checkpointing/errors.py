@@ -55,6 +55,17 @@ class DirectoryInUseError(CheckpointError):
     """Another process saves in the directory."""
 
 
+class ObjectStoreError(CheckpointError):
+    """Object storage refused a request, or did not answer it in any of several tries."""
+
+    missing = False
+    """Whether that was because there is no such object."""
+
+
+class EventSinkError(CheckpointError):
+    """What happens to checkpoints cannot be brought to a program that the logger section asks for."""
+
+
 class RankLostError(CheckpointError):
     """A rank did not arrive where the ranks meet: it died, or it is stuck."""
 
@@ -73,10 +84,20 @@ ERRORS_BY_NAME: dict[str, type[CheckpointError]] = {
         MemoryLimitError,
         KeeperLostError,
         DirectoryInUseError,
+        EventSinkError,
+        ObjectStoreError,
         RankLostError,
     )
 }
 """By class name, so that an error of one rank can be raised with the same type on every rank."""
+
+
+DAMAGE: tuple[type[CheckpointError], ...] = (
+    CheckpointDamagedError,
+    NotACheckpointError,
+    CheckpointNotFoundError,
+)
+"""What is wrong with a checkpoint itself, so that another one may be better."""
 
 
 def storage_error(error: BaseException | None) -> OSError | None:

@@ -15,13 +15,13 @@ from typing import TypeVar
 from bridge.training.checkpointing import marks
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import (
-    CheckpointDamagedError,
+    DAMAGE,
     CheckpointError,
     CheckpointMismatchError,
-    CheckpointNotFoundError,
     KeeperLostError,
-    NotACheckpointError,
 )
+from bridge.training.checkpointing.events.recording import Phases, fell_back
+from bridge.training.checkpointing.events.stream import EventStream
 from bridge.training.checkpointing.layout import list_checkpoints, parse_iteration_name
 from bridge.training.checkpointing.plans.load_plan import Saved
 from bridge.training.checkpointing.resolve import Offer, Source
@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 Stored = TypeVar("Stored")
 T = TypeVar("T")
-
-_DAMAGE = (CheckpointDamagedError, NotACheckpointError, CheckpointNotFoundError)
 
 
 @dataclass
@@ -46,7 +44,13 @@ class Candidates:
     """Whether what is damaged may be passed over at all."""
     save_dir: Path | None = None
     """Where this run saves: only there are damaged checkpoints marked."""
+    events: EventStream = field(default_factory=EventStream)
+    """Hears of every step back."""
+    phases: Phases | None = None
+    """Of the load, in which the time that went into one that is passed over has a place of its own."""
     failed: list[CheckpointError] = field(default_factory=list)
+    begun: Saved | None = None
+    """What the last one says of itself that was read into the run, at least in part."""
     _damaged: list[tuple[Source, CheckpointError]] = field(default_factory=list)
     """The persistent ones among them: marked when another one was loaded, so that trouble that hits all marks none."""
     _went_back: bool = False
@@ -59,6 +63,8 @@ class Candidates:
         """
         if not self._may_pass_over(source, error):
             raise error
+        if self.phases is not None:
+            self.phases.end("failed attempt")
         self.failed.append(_without_frames(error))
         if not self.waiting and source.kind == "persistent" and not self._went_back:
             self._went_back = True
@@ -67,6 +73,7 @@ class Candidates:
             self._damaged.append((source, error))
         if not self.waiting:
             raise self._hopeless(error)
+        self.events.emit(fell_back(source, self.waiting[0], error))
         if ranks.is_first:
             logger.error("PASSING OVER A DAMAGED CHECKPOINT, going back to %s: %s", self.waiting[0].path, error)
 
@@ -85,7 +92,7 @@ class Candidates:
     def _may_pass_over(self, source: Source, error: CheckpointError) -> bool:
         if source.kind != "persistent" and isinstance(error, CheckpointMismatchError | KeeperLostError):
             return True  # those of other tiers are bound to the layout that saved them, or to a process that may die
-        return isinstance(error, _DAMAGE) and self.fallback and not source.release
+        return isinstance(error, DAMAGE) and self.fallback and not source.release
 
     def _older(self, source: Source) -> list[Source]:
         iteration = parse_iteration_name(source.path.name)
@@ -122,7 +129,7 @@ def load_best(
     Args:
         candidates: at least one.
         describe: opens a checkpoint and reads what it says about itself; changes nothing of the run.
-        restore: reads the rest of it into the run.
+        restore: reads the rest of it into the run; sets `candidates.begun` when it begins to.
         ranks: all ranks.
 
     Returns:
@@ -131,13 +138,11 @@ def load_best(
     Raises:
         CheckpointError: what is wrong with one that may not be passed over, or with all of them.
     """
-    begun: Saved | None = None
     while True:
         source = candidates.waiting.pop(0)
         try:
             stored, saved = describe(source)
-            require_as_much(begun, saved, source.path)
-            begun = saved
+            require_as_much(candidates.begun, saved, source.path)
             result = restore(stored, saved)
         except CheckpointError as error:
             candidates.pass_over(source, error, ranks)

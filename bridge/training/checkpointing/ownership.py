@@ -8,6 +8,7 @@ Loading takes no lock: what is published is whole and nobody changes it, though 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -17,7 +18,7 @@ import socket
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bridge.training.checkpointing.errors import DirectoryInUseError
 from bridge.training.checkpointing.layout import WRITER
@@ -27,7 +28,19 @@ logger = logging.getLogger(__name__)
 WAIT_SECONDS = 60.0
 """How long a run waits for the one before it, which may be shutting down."""
 
+PROGRESS_SECONDS = 30.0
+"""How often it says that it still waits."""
+
 _POLL_SECONDS = 0.5
+_LARGEST = 1 << 16
+"""Bytes of the lock file that are looked at."""
+_NOBODY = "which has not said who it is"
+_LONGEST_END = 3600.0
+"""Seconds; more is not believed."""
+_ENDING = "ends_within"
+"""Key in the lock file: seconds that a run which is at its planned end may need for what it deletes and uploads."""
+_SAID = "announced"
+"""Key in the lock file: when it said so, which tells one announcement from the next."""
 _TAKEN = {errno.EACCES, errno.EAGAIN}
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -36,6 +49,10 @@ class _Claim(NamedTuple):
     descriptor: int
     pid: int
     """The process that made the claim: a forked one sees it but does not hold the lock."""
+    owner: dict[str, Any]
+    """What the lock file says."""
+    before: str = ""
+    """Who had the directory before, for messages; empty if nobody says."""
 
 
 _claims: dict[Path, _Claim] = {}
@@ -46,8 +63,9 @@ descriptor of a file loses its lock on it."""
 def claim(save_dir: Path, setting: str = "checkpoint.save", wait_seconds: float | None = None) -> bool:
     """Make this process the only one that saves in `save_dir`, until it ends. Claiming again does nothing.
 
-    If another process has the directory, wait up to `wait_seconds` for it to end. On a file system without
-    locks, only a warning says that nothing is guarded.
+    If another process has the directory, wait up to `wait_seconds` for it to end. Whoever names no time waits longer
+    for one that has come to its planned end and still deletes or uploads: for as long as it announced last. On a file
+    system without locks, only a warning says that nothing is guarded.
 
     Args:
         save_dir: an existing directory.
@@ -64,22 +82,85 @@ def claim(save_dir: Path, setting: str = "checkpoint.save", wait_seconds: float 
     directory = save_dir.resolve()
     if _is_held(directory):
         return False
-    seconds = WAIT_SECONDS if wait_seconds is None else wait_seconds
-    deadline = time.monotonic() + seconds
-    announced = False
+    shortest = seconds = WAIT_SECONDS if wait_seconds is None else wait_seconds
+    begun = announced = time.monotonic()
+    told, ending = False, _Ending()
     while not _try_claim(directory):
-        if time.monotonic() >= deadline:
-            raise DirectoryInUseError(
-                f"{setting}: {save_dir} is in use by another run ({owner_of(directory)}), and two runs cannot "
-                f"save in one directory; stop that run, or set {setting} to another directory"
-            )
-        if not announced:
+        now = time.monotonic()
+        found = _Ending() if wait_seconds is not None else _announced_end(directory)
+        if found != ending:
+            # Whoever announces nothing is another one that has it by now, or is about to say more.
+            told, ending = False, found
+            seconds = min(now - begun + max(shortest, found.seconds), max(shortest, _LONGEST_END))
+        is_ending = ending.seconds > 0
+        if now - begun >= seconds:
+            raise DirectoryInUseError(_in_use(save_dir, setting, directory, is_ending))
+        if not told:
+            told, announced = True, now
             logger.warning(
-                "waiting up to %g s for the run that saves in %s: %s", seconds, save_dir, owner_of(directory)
+                "waiting up to %.3g s for the run that saves in %s: %s%s",
+                seconds,
+                save_dir,
+                owner_of(directory),
+                "; it is at its end, and deletes or uploads checkpoints" if is_ending else "",
             )
-            announced = True
+        elif now - announced >= PROGRESS_SECONDS:
+            announced = now
+            logger.warning("still waiting for it, for %.0f of %.3g s", now - begun, seconds)
         time.sleep(min(_POLL_SECONDS, seconds))
     return True
+
+
+def _in_use(save_dir: Path, setting: str, directory: Path, is_ending: bool) -> str:
+    if is_ending:
+        return (
+            f"{setting}: {save_dir} is still in use by a run that has announced its end ({owner_of(directory)}), and "
+            "has not come to it in the time that it had for deleting and uploading; end that process, or set "
+            f"{setting} to another directory"
+        )
+    return (
+        f"{setting}: {save_dir} is in use by another run ({owner_of(directory)}), and two runs cannot "
+        f"save in one directory; stop that run, or set {setting} to another directory"
+    )
+
+
+def announce_end(save_dir: Path, seconds: float) -> None:
+    """Tell a run that waits for the directory that this one ends within so long. Trouble is no error: it is a hint."""
+    held = _claims.get(save_dir.resolve())
+    if held is not None and held.pid == os.getpid():
+        with contextlib.suppress(OSError):
+            said = {_ENDING: seconds, _SAID: datetime.now(timezone.utc).isoformat()}
+            _write(held.descriptor, held.owner | said)
+
+
+class _Ending(NamedTuple):
+    """What the run that has the directory says of its end."""
+
+    seconds: float = 0.0
+    """0 if it says nothing."""
+    announcement: str = ""
+    """Tells it from others."""
+
+
+def _announced_end(directory: Path) -> _Ending:
+    try:
+        content = _content(directory)
+        told = json.loads(content)
+        seconds = float(told[_ENDING])
+        return _Ending(min(seconds, _LONGEST_END), repr(content)) if seconds > 0 else _Ending()
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return _Ending()
+
+
+def _content(directory: Path) -> bytes:
+    with (directory / WRITER).open("rb") as stream:
+        return stream.read(_LARGEST)
+
+
+def predecessor_of(save_dir: Path) -> str:
+    """Who had the directory before this process claimed it, for messages; empty if nobody says."""
+    held = _claims.get(save_dir.resolve())
+    return "" if held is None else held.before
 
 
 def give_up(save_dir: Path) -> None:
@@ -130,13 +211,19 @@ def _try_claim(directory: Path) -> bool:
         "start": datetime.now(timezone.utc).isoformat("T", "seconds"),
     }
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        # Through this descriptor: to open and close the file once more would give up the lock.
+        before = os.pread(descriptor, _LARGEST, 0)
+        _write(descriptor, owner)
     except BaseException:
         os.close(descriptor)
         raise
-    _claims[directory] = _Claim(descriptor, os.getpid())
+    _claims[directory] = _Claim(descriptor, os.getpid(), owner, _in_words(before) if before else "")
     return True
+
+
+def _write(descriptor: int, owner: dict[str, Any]) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(owner).encode(), 0)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -168,7 +255,14 @@ def _began(process: int) -> float:
 def owner_of(directory: Path) -> str:
     """Who has the directory, for messages. The file is only a hint, so whatever it holds is no error."""
     try:
-        owner = json.loads((directory / WRITER).read_bytes())
+        return _in_words(_content(directory))
+    except OSError:
+        return _NOBODY
+
+
+def _in_words(content: bytes) -> str:
+    try:
+        owner = json.loads(content)
         return f"host {owner['host']}, process {owner['pid']}, since {owner['start']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "which has not said who it is"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return _NOBODY

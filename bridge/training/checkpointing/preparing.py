@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.errors import CheckpointError, RankLostError
+from bridge.training.checkpointing.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointSaveError,
+    RankLostError,
+)
+from bridge.training.checkpointing.events.recording import Pace
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
+from bridge.training.checkpointing.io.background_writer import BACKGROUND_WRITER
+from bridge.training.checkpointing.objects.places import save_directory, upload_url
+from bridge.training.checkpointing.objects.run import begin_uploads
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.retention.trash import trash_of
-from bridge.training.checkpointing.starts import Starts, read_starts, write_starts
+from bridge.training.checkpointing.starts import Starts, read_starts, starts_to_go_on, write_starts
 from bridge.training.checkpointing.tiers import NonPersistentTier
 from bridge.training.checkpointing.tiers.availability import RankLocalStore
 from bridge.training.checkpointing.tiers.global_directory import SETTING, GlobalTier
@@ -39,18 +47,15 @@ class Preparation:
     session: str
     """Of the save directory; empty if it never had non-persistent checkpoints."""
     starts: Starts
-    """Earlier starts of the run."""
+    """The starts of the run, this one included if it was counted for this preparation."""
     tier: NonPersistentTier | None = None
     """Of non-persistent checkpoints."""
-    has_saved: bool = False
-    """Whether the save directory knows that this start has saved something."""
+    is_behind: bool = False
+    """Whether the tier may hold what the run has left behind by going on from where this start did."""
     newest: dict[bool, int] = field(default_factory=dict)
     """Iteration of the newest checkpoint that this start has published, persistent (True) or in another tier."""
-
-    @property
-    def start(self) -> int:
-        """Number of this start."""
-        return self.starts.next
+    pace: Pace = field(default_factory=Pace)
+    """When training last went on."""
 
 
 def prepare(checkpoint_config: Any, context: dict[str, Any], groups: Any, chunks: int, ranks: Ranks) -> Preparation:
@@ -74,6 +79,8 @@ def prepare(checkpoint_config: Any, context: dict[str, Any], groups: Any, chunks
     if known is not None and known.place == place:
         return known
     session, starts = prepare_directories(cfg, context, ranks)
+    if upload_url(cfg) is not None:
+        ranks.first("preparing the uploads", lambda: begin_uploads(cfg, context))
     tier: NonPersistentTier | None = None
     if kind == "global":
         tier = GlobalTier.of(cfg, session, trash_of(context))
@@ -90,7 +97,7 @@ def prepare_directories(checkpoint_config: Any, context: dict[str, Any], ranks: 
     Returns:
         The run's session, and its earlier starts.
     """
-    save_dir = Path(checkpoint_config.save).expanduser()
+    save_dir = save_directory(checkpoint_config)
     kind = checkpoint_config.non_persistent_ckpt_type
 
     def make_ready() -> tuple[str, Starts]:
@@ -100,40 +107,74 @@ def prepare_directories(checkpoint_config: Any, context: dict[str, Any], ranks: 
             tier = GlobalTier.of(checkpoint_config, session, trash_of(context))
             tier.take_over()
             commit.recover_once(tier.directory, context, SETTING)
-        return session, read_starts(save_dir)
+        try:
+            return session, starts_to_go_on(save_dir)
+        except OSError as error:
+            raise CheckpointSaveError(
+                f"checkpoint.save: {save_dir} cannot be made ready, because what it knows of the run's starts cannot "
+                f"be read: {error}"
+            ) from error
 
     return ranks.first("preparing checkpoint.save", make_ready)
 
 
-def begin_to_save(
-    preparation: Preparation, checkpoint_config: Any, resumed: int, *, persistent: bool, ranks: Ranks
-) -> None:
-    """Before the first save of a start: remember the start, and delete what the run has left behind. Collective.
+def begin_to_save(preparation: Preparation, state: Any, iteration: int, *, persistent: bool, ranks: Ranks) -> int:
+    """Before the first save of a start: count it, and delete what the run has left behind. Collective.
+
+    A start lasts from a load to the next one in the same process, whatever is prepared anew in between.
 
     Args:
-        preparation: of this start.
-        checkpoint_config: checkpoint configuration, with `save`.
-        resumed: the iteration that the run has gone on from.
-        persistent: whether the save is a persistent one, which trouble with other tiers does not stop.
+        preparation: for this save.
+        state: GlobalState: where the run has gone on from, and the starts that were counted since.
+        iteration: of this save.
+        persistent: whether it is a persistent one, which trouble with other tiers does not stop.
         ranks: all ranks.
+
+    Returns:
+        The number of the start.
 
     Raises:
         CheckpointError: the save directory cannot be written; or the save is not persistent, and its tier is in
             trouble. Every rank raises, and the next save tries again.
     """
-    if preparation.has_saved or not preparation.session:
-        return
-    save_dir, policy = Path(checkpoint_config.save).expanduser(), FailurePolicy.of(checkpoint_config)
-    starts, phase = preparation.starts.followed_by(preparation.start, resumed), "remembering the start"
+    place = str(save_directory(state.cfg.checkpoint))
+    # A caller that has loaded nothing goes on from its first save, as far as anybody can tell.
+    resumed = iteration if state.resumed_at is None else state.resumed_at
+    if place not in state.counted_starts:
+        preparation.starts = _count(preparation.starts, state, place, resumed, ranks)
+        preparation.is_behind = True
+        state.counted_starts[place] = preparation.starts.entries[-1].number
+    if preparation.is_behind:
+        preparation.is_behind = not _forget_newer(preparation.tier, resumed, persistent, ranks)
+    return int(state.counted_starts[place])
 
-    def remember() -> None:
-        commit.make_ready(save_dir)  # it may have been deleted since the start
+
+def _count(known: Starts, state: Any, place: str, resumed: int, ranks: Ranks) -> Starts:
+    """Note in the save directory that another start saves, and where it has gone on from. Collective."""
+    save_dir, phase = save_directory(state.cfg.checkpoint), "remembering the start"
+
+    def remember() -> Starts:
+        commit.make_ready(save_dir)  # it may have been deleted since it was made ready
+        try:
+            # Another preparation of this process may have counted meanwhile.
+            starts = max(known, read_starts(save_dir), key=lambda found: found.next)
+        except CheckpointDamagedError:
+            starts = known
+        origin, source = state.resumed_start
+        source = source if origin == place else 0
+        starts = starts.followed_by(max(starts.next, source + 1), resumed, source)
         write_starts(save_dir, starts)
+        return starts
 
-    ranks.first(phase, lambda: with_retries(phase, remember, policy, rank=0))
+    policy = FailurePolicy.of(state.cfg.checkpoint)
+    return ranks.first(phase, lambda: with_retries(phase, remember, policy, rank=0))
+
+
+def _forget_newer(tier: NonPersistentTier | None, resumed: int, persistent: bool, ranks: Ranks) -> bool:
+    """Delete what the tier has of later iterations, and say whether that is done. Collective."""
     try:
-        if preparation.tier is not None:
-            preparation.tier.forget_newer(resumed, ranks)
+        if tier is not None:
+            tier.forget_newer(resumed, ranks)
     except RankLostError:
         raise
     except CheckpointError as error:
@@ -143,8 +184,8 @@ def begin_to_save(
             logger.warning(
                 "non-persistent checkpoints that the run has left behind stay until its next save: %s", error
             )
-        return
-    preparation.has_saved = True
+        return False
+    return True
 
 
 def prepare_store(checkpoint_config: Any, context: dict[str, Any], session: str, ranks: Ranks) -> RankLocalStore:
@@ -173,6 +214,9 @@ def release(context: dict[str, Any], ranks: Ranks) -> None:
 
     In-memory checkpoints that are newer than every persistent one are left to their keepers, for a restart.
     """
+    writer = context.pop(BACKGROUND_WRITER, None)
+    if writer is not None:
+        writer.close()
     preparation: Preparation | None = context.pop(PREPARATION, None)
     store = context.pop(LOCAL_MANAGER, None)
     newest = {} if preparation is None else preparation.newest

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridge.training.callbacks import CheckpointKind
@@ -37,6 +37,15 @@ class Source:
     reason: str
     """Why this one, for the log."""
     kind: CheckpointKind = "persistent"
+    origin: str = ""
+    """Its URL, where it is in object storage; `path` then leads nowhere."""
+    iteration: int | None = field(default=None, compare=False)
+    """Its iteration, where the path does not tell it."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        return self.origin or str(self.path)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ def preference(persistent: Persistent, offers: Iterable[Offer], ckpt_step: int |
     own = [] if persistent.source is None else [persistent.source]
     if ckpt_step is not None:
         reason = f"checkpoint.ckpt_step is {ckpt_step}"
-        named = own + [Source(o.path, False, reason, o.kind) for o in offers if o.iteration == ckpt_step]
+        named = own + [_offered(o, reason) for o in offers if o.iteration == ckpt_step]
         if not named:
             others = ", ".join(f"{o.iteration} ({NAMES[o.kind]})" for o in offers)
             raise CheckpointNotFoundError(
@@ -87,7 +96,11 @@ def preference(persistent: Persistent, offers: Iterable[Offer], ckpt_step: int |
             )
         return named[:1]
     newer = [offer for offer in offers if persistent.source is None or offer.iteration > persistent.iteration]
-    return [Source(o.path, False, f"it is the newest complete {NAMES[o.kind]}", o.kind) for o in newer] + own
+    return [_offered(o, f"it is the newest complete {NAMES[o.kind]}") for o in newer] + own
+
+
+def _offered(offer: Offer, reason: str) -> Source:
+    return Source(offer.path, False, reason, offer.kind, iteration=offer.iteration)
 
 
 @dataclass(frozen=True)
@@ -98,28 +111,46 @@ class Older:
     path: Path
     created: float | None = None
     """When it was committed, Unix time in seconds; None if it does not say."""
+    left_behind: bool | None = None
+    """Whether the run has gone back since, as its starts tell; None where they do not."""
+
+
+def present_history(found: Iterable[Older]) -> tuple[list[Older], list[Older]]:
+    """Divide checkpoints into those that the run went on from, and those that a rollback has left behind.
+
+    The starts decide where they can, and no clock has a say in that. Among the others an iteration was left behind
+    if an older one was saved after it.
+
+    Returns:
+        Both in ascending order of iterations.
+    """
+    line: list[Older] = []
+    left_behind: list[Older] = []
+    latest = -math.inf
+    for entry in sorted(found, key=lambda entry: entry.iteration):
+        is_left_behind = entry.left_behind
+        if is_left_behind is None:
+            saved = latest if entry.created is None else entry.created
+            is_left_behind = saved < latest
+            latest = max(saved, latest)
+        (left_behind if is_left_behind else line).append(entry)
+    return line, left_behind
 
 
 def stand_ins(older: Iterable[Older], offers: Iterable[Offer], below: int) -> list[Source]:
     """The checkpoints that may stand in for a persistent one that is damaged or gone, the best first.
 
     That is the newest of all tiers, and among equal iterations the order of `preference`. Persistent ones that a
-    rollback has left behind come last: an older iteration was saved after them, so the run did not go on from there.
+    rollback has left behind come last: the run did not go on from there.
 
     Args:
         older: the persistent ones of lower iterations.
         offers: the complete checkpoints of the other tiers, up to that iteration.
         below: the iteration that they stand in for.
     """
-    line: list[Older] = []
-    left_behind: list[Older] = []
-    latest = -math.inf
-    for entry in sorted(older, key=lambda entry: entry.iteration):
-        saved = latest if entry.created is None else entry.created
-        (line if saved >= latest else left_behind).append(entry)
-        latest = max(saved, latest)
+    line, left_behind = present_history(older)
     ranked = [(-e.iteration, 0, Source(e.path, False, _stands_in(below))) for e in line]
-    ranked += [(-o.iteration, _SPEED.index(o.kind), Source(o.path, False, _stands_in(below), o.kind)) for o in offers]
+    ranked += [(-o.iteration, _SPEED.index(o.kind), _offered(o, _stands_in(below))) for o in offers]
     reason = f"no other before iteration {below} is good; a rollback had left it behind"
     last = [Source(entry.path, False, reason) for entry in reversed(left_behind)]
     return [source for _, _, source in sorted(ranked, key=lambda each: each[:2])] + last
@@ -147,6 +178,7 @@ def resolve(
     ckpt_step: int | None,
     is_whole: Callable[[int], bool],
     setting: str = "checkpoint.load",
+    left_behind: Callable[[], Collection[int]] = frozenset,
 ) -> Source | None:
     """Choose a checkpoint from a directory of checkpoints.
 
@@ -159,6 +191,7 @@ def resolve(
         is_whole: whether a listed iteration was published by us and has all its files; asked only where
             there is no tracker.
         setting: the setting that names the directory, for messages.
+        left_behind: the iterations that a rollback has left behind: the last resort of a scan, and asked only for one.
 
     Returns:
         The checkpoint, or None if none was ever published in this directory.
@@ -173,7 +206,7 @@ def resolve(
     if tracked is not None:
         return _tracked(listing, tracked)
     if listing.iterations:
-        return _scanned(listing, is_whole)
+        return _scanned(listing, is_whole, left_behind())
     if listing.has_release:
         return Source(listing.path / RELEASE, True, "there is a release checkpoint and no tracker")
     if listing.foreign:
@@ -220,10 +253,14 @@ def _tracked(listing: Listing, tracked: Tracked) -> Source:
     )
 
 
-def _scanned(listing: Listing, is_whole: Callable[[int], bool]) -> Source:
-    for iteration in reversed(listing.iterations):
+def _scanned(listing: Listing, is_whole: Callable[[int], bool], left_behind: Collection[int]) -> Source:
+    newest_first = listing.iterations[::-1]
+    ordered = [i for i in newest_first if i not in left_behind] + [i for i in newest_first if i in left_behind]
+    for iteration in ordered:
         if is_whole(iteration):
             reason = f"it is the newest whole checkpoint, and there is no {TRACKER} or {LEGACY_TRACKER}"
+            if iteration in left_behind:
+                reason += "; a rollback had left it behind"
             return Source(listing.path / iteration_name(iteration), False, reason)
     raise CheckpointDamagedError(
         f"{listing.path} has no tracker, and none of its checkpoints is whole ({_available(listing)}); "

@@ -6,7 +6,7 @@ All of this runs on rank 0 only. Nothing is cached: trackers and checkpoints cha
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ from bridge.training.checkpointing.resolve import (
     stand_ins,
 )
 from bridge.training.checkpointing.safety.containment import require_contained
+from bridge.training.checkpointing.starts import Starts, starts_or_none
 from bridge.training.checkpointing.trackers import read_tracker, sound_tracker
 from bridge.training.checkpointing.verification import Unverified, require_undamaged
 
@@ -78,6 +79,7 @@ def find_source(
     *,
     check_trackers: bool = False,
     fallback: bool = False,
+    unmarked: Collection[str] = (),
 ) -> Source | None:
     """The checkpoint to load from `load_dir`, or None if none was ever published there.
 
@@ -88,6 +90,7 @@ def find_source(
         setting: the setting that names `load_dir`, for messages.
         check_trackers: hold the trackers against each other and against the checkpoint that they name.
         fallback: where a tracker is damaged, or what it names is gone, go by what is left.
+        unmarked: names of checkpoints whose mark of damage does not count, because it is about to be taken off.
 
     Raises:
         CheckpointError: as `resolve`, or a tracker is unreadable.
@@ -105,7 +108,7 @@ def find_source(
     def is_whole(iteration: int) -> bool:
         path = load_dir / iteration_name(iteration)
         try:
-            if is_marked(path):
+            if path.name not in unmarked and is_marked(path):
                 raise CheckpointDamagedError(f"{path} is marked as damaged: {problem_of(path)}")
             require_whole(path)
         except CheckpointError as error:
@@ -114,7 +117,7 @@ def find_source(
         return True
 
     try:
-        source = resolve(listing, tracked, ckpt_step, is_whole, setting)
+        source = resolve(listing, tracked, ckpt_step, is_whole, setting, lambda: left_behind_in(listing))
     except CheckpointDamagedError as error:
         older = older_sources(listing, tracked.iteration) if fallback and tracked is not None else []
         if not older:
@@ -134,20 +137,32 @@ def older_sources(listing: Listing, below: int, offers: Iterable[Offer] = ()) ->
         below: the iteration of one that is damaged or gone.
         offers: the complete checkpoints of other tiers.
     """
+    starts = starts_or_none(listing.path)
     older = [
-        Older(iteration, path, _created(path))
+        _older(iteration, path, starts)
         for iteration in listing.iterations
         if iteration < below and (path := listing.path / iteration_name(iteration)).is_dir()
     ]
     return stand_ins(older, [offer for offer in offers if offer.iteration <= below], below)
 
 
-def _created(path: Path) -> float | None:
+def left_behind_in(listing: Listing) -> set[int]:
+    """The iterations of a directory that a rollback has left behind, as far as the run's starts tell."""
+    starts = starts_or_none(listing.path)
+    if not starts.entries:
+        return set()
+    found = (_older(iteration, listing.path / iteration_name(iteration), starts) for iteration in listing.iterations)
+    return {each.iteration for each in found if each.left_behind}
+
+
+def _older(iteration: int, path: Path, starts: Starts) -> Older:
     try:
         manifest = read_manifest(path)
     except (CheckpointDamagedError, OSError):
-        return None
-    return None if manifest is None else manifest.created
+        manifest = None
+    if manifest is None:
+        return Older(iteration, path)
+    return Older(iteration, path, manifest.created, starts.tell(iteration, manifest.start))
 
 
 def require_whole(path: Path, level: Level = "sizes") -> Manifest | None:
@@ -246,6 +261,8 @@ def _saved(source: Source, manifest: Manifest | None) -> Saved:
         # Ours say so by a mark; only where another program wrote the checkpoint does its configuration decide.
         adapters=saved_adapters(content_metadata_of(common), config if manifest is None else None),
         start=0 if manifest is None else manifest.start,
+        checkpoint_format=None if manifest is None else manifest.checkpoint_format,
+        total_bytes=None if manifest is None else manifest.total_bytes,
     )
 
 

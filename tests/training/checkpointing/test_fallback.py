@@ -22,7 +22,7 @@ from bridge.training.checkpointing.fallback import Candidates, load_best
 from bridge.training.checkpointing.layout import list_checkpoints
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.plans.load_plan import Saved
-from bridge.training.checkpointing.resolve import Offer, Older, Source, stand_ins
+from bridge.training.checkpointing.resolve import Offer, Older, Source, present_history, stand_ins
 from bridge.training.checkpointing.retention.sweeper import committed_entries
 from bridge.training.checkpointing.trackers import read_tracker
 from tests.distributed.launch import run_ranks
@@ -63,6 +63,27 @@ def test_the_order_of_what_can_stand_in(
     persistent: list[tuple[int, float | None]], others: list[tuple[str, int]], expected: list[str]
 ) -> None:
     assert [source.path.name for source in stand_ins(older(*persistent), offers(*others), 8)] == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "line", "left_behind"),
+    [
+        ([(2, 1.0, False), (4, 2.0, True), (6, 3.0, False)], [2, 6], [4]),
+        # A clock that was set back, and one that was set ahead, say nothing where the starts do.
+        ([(2, 9.0, False), (4, 1.0, False), (6, 5.0, False)], [2, 4, 6], []),
+        ([(2, None, False), (4, None, True)], [2], [4]),
+        # Of starts that nobody has counted the times decide; those of the others do not meddle with them.
+        ([(2, 1.0, None), (4, 3.0, None), (5, 2.0, None)], [2, 4], [5]),
+        ([(2, 5.0, None), (4, 1.0, False), (6, 0.5, False)], [2, 4, 6], []),
+        ([(1, 9.0, True), (2, 5.0, None), (3, 6.0, None)], [2, 3], [1]),
+    ],
+)
+def test_the_starts_decide_what_belongs_to_the_history_and_times_only_where_they_do_not(
+    found: list[tuple[int, float | None, bool | None]], line: list[int], left_behind: list[int]
+) -> None:
+    entries = [Older(iteration, BASE / str(iteration), created, told) for iteration, created, told in found]
+    divided = present_history(entries[::-1])
+    assert tuple([entry.iteration for entry in part] for part in divided) == (line, left_behind)
 
 
 def saved(*, has_optimizer: bool = True) -> Saved:
@@ -125,14 +146,25 @@ def test_what_is_passed_over(
 
 
 def test_an_older_checkpoint_that_cannot_undo_what_was_read_is_refused() -> None:
-    def restore(source: Source, _: Saved) -> str:
+    reads = True
+    candidates = Candidates([])
+
+    def describe(source: Source) -> tuple[Source, Saved]:
+        return source, saved(has_optimizer="4" in source.path.name)
+
+    def restore(source: Source, described: Saved) -> str:
+        if "4" not in source.path.name:
+            return source.path.name
+        if reads:
+            candidates.begun = described
         raise DAMAGED
 
-    candidates = Candidates([Source(BASE / "4", False, ""), Source(BASE / "2", False, "")])
+    sources = [Source(BASE / "4", False, ""), Source(BASE / "2", False, "")]
+    candidates.waiting = list(sources)
     with pytest.raises(CheckpointMismatchError, match="/ckpt/2 has no optimizer state to go back to"):
-        load_best(
-            candidates, lambda source: (source, saved(has_optimizer="4" in source.path.name)), restore, Ranks.current()
-        )
+        load_best(candidates, describe, restore, Ranks.current())
+    reads, candidates = False, Candidates(list(sources))
+    assert load_best(candidates, describe, restore, Ranks.current()) == "2", "nothing was read, so nothing is to undo"
 
 
 @pytest.mark.parametrize("kind", ["local", "in_memory", "non_persistent_global"])

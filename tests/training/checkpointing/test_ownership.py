@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import pytest
 
 from bridge.training.checkpointing import commit, ownership
 from bridge.training.checkpointing.errors import DirectoryInUseError
-from bridge.training.checkpointing.layout import WRITER
+from bridge.training.checkpointing.layout import TRACKER, WRITER
 
 FORK = multiprocessing.get_context("fork")
 
@@ -181,3 +182,112 @@ def test_without_locks_a_process_that_lives_still_has_its_directory(
     # Another process has the number of the one that had it.
     (tmp_path / WRITER).write_text(json.dumps(owner | {"pid": os.getppid(), "start": "2001-01-01T00:00:00+00:00"}))
     assert ownership.claim(tmp_path, wait_seconds=0.0)
+
+
+def test_a_predecessor_that_has_announced_its_end_is_waited_for_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def claim_and_end() -> str:
+        ownership.claim(tmp_path)
+        ownership.announce_end(tmp_path, 30.0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, 1.5)
+        return "claimed"
+
+    monkeypatch.setattr(ownership, "PROGRESS_SECONDS", 0.4)
+    with process(claim_and_end) as (pid, _):
+        ownership.claim(tmp_path)
+    messages = [record.getMessage() for record in caplog.records]
+    assert f"process {pid}, since " in messages[0]
+    assert messages[0].endswith("; it is at its end, and deletes or uploads checkpoints")
+    assert all(message.startswith("still waiting for it, for ") for message in messages[1:])
+    assert len(messages) > 1
+    assert f"process {pid}, since " in ownership.predecessor_of(tmp_path)
+
+
+def test_a_predecessor_that_does_not_come_to_its_end_is_named(tmp_path: Path) -> None:
+    def claim_and_stay() -> str:
+        ownership.claim(tmp_path)
+        ownership.announce_end(tmp_path, 0.2)
+        return "claimed"
+
+    with process(claim_and_stay) as (pid, _):
+        with pytest.raises(DirectoryInUseError) as caught:
+            ownership.claim(tmp_path)
+        assert (
+            f"is still in use by a run that has announced its end (host {os.uname().nodename}, process {pid},"
+            in str(caught.value)
+        )
+
+
+def test_who_does_not_wait_does_not_wait_for_an_announced_end_either(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def claim_and_stay() -> str:
+        ownership.claim(tmp_path)
+        ownership.announce_end(tmp_path, 3000.0)
+        return "claimed"
+
+    with process(claim_and_stay):
+        for seconds in (0.0, 0.2):
+            with pytest.raises(DirectoryInUseError):
+                ownership.claim(tmp_path, "DIR", wait_seconds=seconds)
+    assert not any("at its end" in record.getMessage() for record in caplog.records)
+
+
+def test_a_later_announcement_counts_and_a_silent_successor_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def announce_again_and_again() -> str:
+        ownership.claim(tmp_path)
+        ownership.announce_end(tmp_path, 1.2)
+
+        def announce() -> None:
+            for _ in range(3):
+                time.sleep(0.6)
+                ownership.announce_end(tmp_path, 1.2)
+            time.sleep(0.6)
+            os._exit(0)
+
+        threading.Thread(target=announce, daemon=True).start()
+        return "claimed"
+
+    monkeypatch.setattr(ownership, "WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(ownership, "_POLL_SECONDS", 0.05)
+    with process(announce_again_and_again):
+        ownership.claim(tmp_path)
+    assert len([record for record in caplog.records if "it is at its end" in record.getMessage()]) == 4
+    ownership.give_up(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[" * 100_000, b"[1]", b'{"ends_within": null}', b'{"ends_within": "soon"}', b'{"ends_within": -1}'],
+)
+def test_an_announcement_that_says_nothing_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / WRITER).write_bytes(content)
+    assert ownership._announced_end(tmp_path) == ownership._Ending()
+    assert ownership.owner_of(tmp_path) == "which has not said who it is"
+
+
+def test_a_start_says_whose_remains_it_found_and_what_became_of_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def begin() -> str:
+        commit.recover_once(tmp_path, None)
+        (tmp_path / ".trash-iter_0000005-0123abcd").mkdir()
+        (tmp_path / f".{TRACKER}.bridge-tmp").write_bytes(b"half")
+        return str(commit.begin_staging(tmp_path, 10))
+
+    with process(begin) as (pid, staging):
+        start = json.loads((tmp_path / WRITER).read_text())["start"]
+    commit.recover_once(tmp_path, None)
+    host = os.uname().nodename
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path} holds 3 unfinished things of the run that had it before (host {host}, process {pid}, since "
+        f"{start})",
+        f"deleting {tmp_path}/.{TRACKER}.bridge-tmp: a file that was not written to its end",
+        f"removing {staging}: a save that did not finish",
+        f"deleting {tmp_path}/.trash-iter_0000005-0123abcd: a deletion that did not finish",
+    ]
+    assert [entry.name for entry in tmp_path.iterdir()] == [WRITER]

@@ -61,6 +61,30 @@ def test_resolution(
 
 
 @pytest.mark.parametrize(
+    ("left_behind", "whole", "expected"),
+    [
+        ((30, 40), (10, 20, 30, 40), 20),
+        ((30, 40), (30, 40), 40),
+        ((30, 40), (10, 30), 10),
+        ((20,), (20, 40), 40),
+    ],
+)
+def test_a_scan_takes_what_a_rollback_left_behind_last(
+    left_behind: tuple[int, ...], whole: tuple[int, ...], expected: int
+) -> None:
+    source = resolve(listing(10, 20, 30, 40), None, None, lambda i: i in whole, left_behind=lambda: left_behind)
+    assert source is not None
+    assert source.path.name == f"iter_{expected:07d}"
+    assert ("a rollback had left it behind" in source.reason) is (expected in left_behind)
+
+
+def test_a_tracker_is_followed_to_what_a_rollback_left_behind() -> None:
+    source = resolve(listing(10, 20), ours(20), None, lambda _: False, left_behind=lambda: (20,))
+    assert source is not None
+    assert source.path.name == "iter_0000020"
+
+
+@pytest.mark.parametrize(
     ("held", "tracked", "ckpt_step", "error", "message"),
     [
         (

@@ -2,7 +2,8 @@
 
 Every policy names what it keeps, and a checkpoint stays if any of them, or anything outside them, wants it.
 They judge the checkpoints up to the one that the tracker names. Newer ones, which a rollback leaves behind, are
-always kept, and take no place from those of the run that goes on.
+always kept, and take no place from those of the run that goes on. Once the run has passed them they are judged like
+the others; but then the policies are asked twice, with them and without them, and what either answer keeps stays.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Entry:
     """Unix time in seconds, by the clock of whichever machine committed it."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the run measured in the step before the save."""
+    left_behind: bool = False
+    """Whether the run has gone back to before it, for certain."""
 
 
 class Policy(Protocol):
@@ -143,5 +146,6 @@ def removable(
     if not policies:
         return []
     line = sorted((entry for entry in entries if entry.iteration <= tracked), key=lambda entry: entry.iteration)
-    kept = {tracked, *protected}.union(*(policy.keeps(line) for policy in policies))
+    present = [entry for entry in line if not entry.left_behind]
+    kept = {tracked, *protected}.union(*(policy.keeps(asked) for policy in policies for asked in (line, present)))
     return [entry.iteration for entry in line if entry.iteration not in kept]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +19,18 @@ from bridge.training.checkpointing.detection import read_metadata
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointNotFoundError
 from bridge.training.checkpointing.files import delete_trash, move_to_trash, sync_directory
 from bridge.training.checkpointing.integrity import read_manifest
-from bridge.training.checkpointing.layout import LEGACY_TRACKER, MANIFEST, Listing, iteration_name, list_checkpoints
+from bridge.training.checkpointing.layout import (
+    LEGACY_TRACKER,
+    MANIFEST,
+    Listing,
+    deleted_iteration,
+    iteration_name,
+    list_checkpoints,
+)
 from bridge.training.checkpointing.marks import is_marked
 from bridge.training.checkpointing.retention.policies import Best, Entry, MostRecent, Policy, removable
 from bridge.training.checkpointing.retention.trash import Trash
+from bridge.training.checkpointing.starts import Starts, read_starts
 from bridge.training.checkpointing.trackers import read_tracker
 
 if TYPE_CHECKING:
@@ -30,13 +39,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep has done."""
+
+    deleted: tuple[int, ...] = ()
+    """Iterations of the checkpoints that are out of sight now."""
+    kept: int = 0
+    """Checkpoints that are still there."""
+
+
 def sweep_after_save(
     save_dir: Path,
     iteration: int,
     policies: Sequence[Policy],
     trash: Trash,
     in_use: Iterable[Path] = (),
-) -> None:
+) -> Swept | None:
     """Let go what no policy keeps, now that `iteration` is published and tracked.
 
     The deletion itself goes on in the background. Nothing is raised, because the save has succeeded whatever happens
@@ -48,11 +67,21 @@ def sweep_after_save(
         policies: each keeps what it names, as `policies_of` gives them; without any, everything is kept.
         trash: deletes in the background.
         in_use: paths of checkpoints that must stay; see `needed_again`.
+
+    Returns:
+        What was done; None if it failed, or there is no policy.
     """
     try:
-        trash.delete(sweep(save_dir, policies, saved=iteration, in_use=in_use) if policies else [])
+        moved = sweep(save_dir, policies, saved=iteration, in_use=in_use) if policies else []
+        trash.delete(moved)
+        if not policies:
+            return None
+        deleted = (deleted_iteration(path.name) for path in moved)
+        kept = len(list_checkpoints(save_dir).iterations)
+        return Swept(tuple(number for number in deleted if number is not None), kept)
     except Exception:
         logger.exception("OLD CHECKPOINTS IN %s ARE NOT DELETED; the next save tries again", save_dir)
+        return None
 
 
 def sweep(
@@ -77,6 +106,29 @@ def sweep(
         CheckpointNotFoundError: there is no tracker that names an iteration; nothing has been moved.
         OSError: the directory cannot be read.
     """
+    plan = plan_sweep(save_dir, policies, saved=saved, in_use=in_use)
+    return _move_out(plan.listing, plan.removable)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep would do."""
+
+    listing: Listing
+    entries: tuple[Entry, ...]
+    """The checkpoints that it judges, by iteration."""
+    tracked: tuple[int, ...]
+    """The iterations that the trackers name, that of ours first."""
+    used: frozenset[int]
+    """The iterations that a link or a setting leads to."""
+    removable: tuple[int, ...]
+    """The iterations that nothing keeps, by number."""
+
+
+def plan_sweep(
+    save_dir: Path, policies: Sequence[Policy], *, saved: int | None = None, in_use: Iterable[Path] = ()
+) -> SweepPlan:
+    """Find out what `sweep` would move out of sight, and move nothing. Arguments and errors are those of `sweep`."""
     listing = list_checkpoints(save_dir)
     tracked = _tracked(listing)
     entries = committed_entries(listing)
@@ -86,33 +138,46 @@ def sweep(
         raise CheckpointDamagedError(f"{save_dir}: the tracker names iteration {tracked[0]}, which is not whole there")
     _warn_of_unmeasured(policies, entries, saved)
     links = [entry for entry in save_dir.iterdir() if entry.is_symlink()]  # somebody's name for what it leads to
-    protected = {*tracked, *_used(listing, [*in_use, *links])} | (set() if saved is None else {saved})
-    return _move_out(listing, removable(entries, policies, tracked[0], protected))
+    used = _used(listing, [*in_use, *links])
+    protected = {*tracked, *used} | (set() if saved is None else {saved})
+    goes = removable(entries, policies, tracked[0], protected)
+    return SweepPlan(listing, tuple(entries), tuple(tracked), frozenset(used), tuple(goes))
 
 
 def committed_entries(listing: Listing) -> list[Entry]:
-    """The committed, unmarked checkpoints of a directory: by name, by being a directory, no link, and by manifest."""
-    entries = []
+    """The committed, unmarked checkpoints of a directory: by name, by being a directory, no link, and by manifest.
+
+    Raises:
+        CheckpointDamagedError: what the run has left behind is noted there, and what is noted is damaged: whoever does
+            not know it would delete the wrong ones.
+        OSError: it cannot be read now.
+    """
+    found_entries = []
     for iteration in listing.iterations:
         path = listing.path / iteration_name(iteration)
         if path.is_symlink() or is_marked(path):
             continue
         try:
             found = (path / MANIFEST).stat()
-            entry = _entry(path, found.st_ino, found.st_mtime_ns, found.st_size)
+            entry, start = _entry(path, found.st_ino, found.st_mtime_ns, found.st_size)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (CheckpointDamagedError, OSError) as error:
             logger.warning("retention neither counts nor deletes %s: %s", path, error)
             continue
         if entry is not None and entry.iteration == iteration:
-            entries.append(entry)
-    return entries
+            found_entries.append((entry, start))
+    starts = read_starts(listing.path) if any(start for _, start in found_entries) else Starts()
+    return [
+        replace(entry, left_behind=starts.have_left_behind(entry.iteration, start)) for entry, start in found_entries
+    ]
 
 
 @lru_cache(maxsize=10_000)
-def _entry(path: Path, inode: int, modified: int, size: int) -> Entry | None:
-    """What a checkpoint's manifest says, parsed again only when it is another file: all ranks wait for a sweep.
+def _entry(path: Path, inode: int, modified: int, size: int) -> tuple[Entry | None, int]:
+    """What a checkpoint's manifest says, and the number of the start that saved it.
+
+    It is parsed again only when it is another file: all ranks wait for a sweep.
 
     Args:
         path: the checkpoint.
@@ -122,9 +187,9 @@ def _entry(path: Path, inode: int, modified: int, size: int) -> Entry | None:
     """
     manifest = read_manifest(path)
     if manifest is None:
-        return None
+        return None, 0
     created = modified / 1e9 if manifest.created is None else manifest.created
-    return Entry(manifest.iteration, created, manifest.metrics)
+    return Entry(manifest.iteration, created, manifest.metrics), manifest.start
 
 
 def needed_again(

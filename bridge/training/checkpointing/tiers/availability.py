@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import CheckpointDamagedError
 
@@ -14,7 +16,7 @@ SnapshotId = tuple[int, int, Any]
 
 
 class RankLocalStore(Protocol):
-    """One rank's store of snapshots: nvidia-resiliency-ext's `BaseCheckpointManager`, and two methods more.
+    """One rank's store of snapshots: nvidia-resiliency-ext's `BaseCheckpointManager`, and three methods more.
 
     The methods with an underscore are the ones that a manager of that kind implements. All of them are local.
     """
@@ -40,6 +42,13 @@ class RankLocalStore(Protocol):
 
     def _load(self, ckpt_id: SnapshotId) -> Any:
         """Read one and check it: a tensor-aware state dict on the CPU, or a CheckpointError."""
+
+    def beside(self, iteration: int, owner: int, save_id: str) -> torch.Tensor | None:
+        """The bytes of the tensors in another rank's snapshot of a save, where they lie in memory of this machine.
+
+        None where they do not, or cannot be had, or are of another save; no error. They stay as they are for as long
+        as they are used.
+        """
 
     def _save(self, state_dict: Any, ckpt_id: SnapshotId) -> None:
         """Store one; complete or not at all, in place of one with the same identity."""
@@ -74,8 +83,7 @@ def complete_iterations(store: RankLocalStore, ranks: Ranks) -> list[int]:
     Collective; the same answer on every rank. Nothing has been read: that a snapshot is sound shows when it is.
     """
     cliques = form_cliques(store, ranks)
-    own = ranks.run("looking for snapshots", lambda: [(i, owner) for i, owner, _ in store._my_ckpt_ids()])
-    held = ranks.gather_all("comparing the snapshots", own)
+    held = ranks.collect("looking for snapshots", lambda: [(i, owner) for i, owner, _ in store._my_ckpt_ids()])
     return complete_among(held, cliques)
 
 

@@ -22,6 +22,7 @@ from bridge.training.checkpointing.layout import (
     list_checkpoints,
     parse_iteration_name,
 )
+from bridge.training.checkpointing.objects.places import save_directory
 from bridge.training.checkpointing.resolve import Offer, Source
 from bridge.training.checkpointing.retention.sweeper import committed_entries
 from bridge.training.checkpointing.retention.trash import Trash
@@ -52,7 +53,7 @@ class GlobalTier:
     @classmethod
     def of(cls, checkpoint_config: Any, session: str, trash: Trash) -> GlobalTier:
         """The tier of a configuration that has `save`."""
-        directory, save_dir = directory_of(checkpoint_config), Path(checkpoint_config.save).expanduser()
+        directory, save_dir = directory_of(checkpoint_config), save_directory(checkpoint_config)
         is_apart = save_dir.resolve() not in directory.resolve().parents
         return cls(directory, session, trash, is_apart, integrity=checkpoint_config.integrity)
 
@@ -130,4 +131,4 @@ def directory_of(checkpoint_config: Any) -> Path:
     named = checkpoint_config.non_persistent_global_ckpt_dir
     if named is not None:
         return Path(named).expanduser()
-    return Path(checkpoint_config.save).expanduser() / NON_PERSISTENT_DIRECTORY
+    return save_directory(checkpoint_config) / NON_PERSISTENT_DIRECTORY

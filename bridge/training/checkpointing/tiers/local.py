@@ -123,6 +123,11 @@ class SafeLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc]
     def _load(self, ckpt_id: SnapshotId) -> Any:
         return read_snapshot(self._local_ckpt_path_from_id(ckpt_id))
 
+    def beside(self, iteration: int, owner: int, save_id: str) -> torch.Tensor | None:
+        """None: it would have to be read from storage."""
+        del iteration, owner, save_id
+        return None
+
     def _cleanup(self, iteration: int) -> None:
         """Delete all but an iteration that has just been saved and is complete everywhere.
 

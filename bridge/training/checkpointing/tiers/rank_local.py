@@ -27,8 +27,10 @@ import bridge
 from bridge import accelerator
 from bridge.training.callbacks import CheckpointKind
 from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.background import BackgroundCall
 from bridge.training.checkpointing.contents.train_state import plain_train_state
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointNotFoundError, CheckpointSaveError
+from bridge.training.checkpointing.io.background_writer import Patience
 from bridge.training.checkpointing.layout import TRAIN_STATE
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.resolve import Offer, Source
@@ -95,6 +97,10 @@ class RankLocalSave:
         """Store the snapshots. Talks to no other rank, so it may run in a background process."""
         for identity, state in self.states.items():
             self.store._save(state, identity)
+
+    def begin(self, name: str, patience: Patience) -> BackgroundCall | None:
+        """Snapshots are written by a fork of this process."""
+        return None
 
     def accept(self, report: None) -> None:
         """There is nothing to report. What was written is needed no more."""

@@ -50,7 +50,7 @@ from bridge.training.checkpointing.plans.resharding import saved_form
 from bridge.training.checkpointing.resolve import NAMES, Source
 from bridge.training.checkpointing.tiers.availability import RankLocalStore, clique_of, form_cliques, givers
 from bridge.training.checkpointing.tiers.record import CONTENT_METADATA, KEY, SnapshotRecord, dataloader_state
-from bridge.training.checkpointing.tiers.sharing import fetch, tensors_by_shard
+from bridge.training.checkpointing.tiers.sharing import fetch
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,6 +68,10 @@ class RankLocalCheckpoint:
     """Of all ranks."""
     group: Any | None
     """The ranks that share replicas: the data- and context-parallel group; None for all ranks."""
+    store: RankLocalStore | None = None
+    """Of this rank; None where nothing is to be looked for in it."""
+    is_own: bool = True
+    """Whether this rank's snapshot was in its own store, and is no copy that another rank had."""
 
     def common(self) -> dict[str, Any]:
         """What is not sharded of this rank's state dict. Local."""
@@ -143,7 +147,15 @@ class RankLocalCheckpoint:
         sharded, missing, unexpected = ranks.run("comparing with the snapshots", lambda: self._typed(fit, strictness))
         group = self.group if self.group is not None else process_group(parallelization_group)
         wanted = [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
-        tensors = fetch(wanted, tensors_by_shard(self.state.sharded_state_dict), group, ranks)
+        store, iteration, save_id = self.store, self.record.iteration, self.record.save_id
+        tensors = fetch(
+            wanted,
+            self.state.sharded_state_dict,
+            group,
+            ranks,
+            beside=lambda rank: None if store is None else store.beside(iteration, rank, save_id),
+            is_in_place=self.is_own,
+        )
         place = f"the {NAMES[self.source.kind]}"
         state_dict = ranks.run("joining what was read", lambda: _join(request, sharded, tensors, self.state, place))
         if not StrictHandling.requires_returning_mismatch_keys(request.strict):
@@ -195,17 +207,16 @@ def open_rank_local(
         UnsafeCheckpointError: a snapshot holds an object that loading does not allow. Every rank raises.
         CheckpointMismatchError: the snapshots are bound to another number of ranks or other parallel sizes.
     """
-    state = _read(iteration, store, ranks)
+    state, is_own = _read(iteration, store, ranks)
     # The same words on every rank, so that what is wrong with all of them is told once.
     place = f"the {NAMES[source.kind]} of iteration {iteration}"
 
-    def examine() -> SnapshotRecord:
+    def examine() -> tuple[str, dict[str, bytes]]:
         record = SnapshotRecord.of(state.common, place)
         record.require_for(iteration, ranks.rank, ranks.size, layout, place)
-        return record
+        return record.save_id, record.dataloader_files()
 
-    record = ranks.run("examining the snapshots", examine)
-    told = ranks.gather_all("comparing the snapshots", (record.save_id, record.dataloader_files()))
+    told = ranks.collect("examining the snapshots", examine)
     if len({save_id for save_id, _ in told}) > 1:
         by_save: dict[str, list[int]] = {}
         for rank, (save_id, _) in enumerate(told):
@@ -213,13 +224,13 @@ def open_rank_local(
         groups = "; ".join(f"ranks {', '.join(map(str, members))}" for members in by_save.values())
         raise CheckpointDamagedError(f"{place} is of {len(by_save)} different saves ({groups})")
     files = {name: data for _, own in told for name, data in own.items()}
-    return RankLocalCheckpoint(source, state, record, files, group)
+    return RankLocalCheckpoint(source, state, SnapshotRecord.of(state.common, place), files, group, store, is_own)
 
 
-def _read(iteration: int, store: RankLocalStore, ranks: Ranks) -> Any:
-    """This rank's snapshot, from its own store or as a copy from another rank's. Collective."""
+def _read(iteration: int, store: RankLocalStore, ranks: Ranks) -> tuple[Any, bool]:
+    """This rank's snapshot, and whether it is from its own store or a copy from another rank's. Collective."""
     if store.repl_strategy is None:
-        return ranks.run("reading the snapshots", lambda: store._load(store._ckpt_id(iteration)))
+        return ranks.run("reading the snapshots", lambda: store._load(store._ckpt_id(iteration))), True
     cliques = form_cliques(store, ranks)
     held = ranks.run("looking for snapshots", lambda: {i[1]: i for i in store._my_ckpt_ids() if i[0] == iteration})
     loaded: dict[int, Any] = {}
@@ -240,7 +251,7 @@ def _read(iteration: int, store: RankLocalStore, ranks: Ranks) -> Any:
         # One more round for every snapshot that turned out to be damaged, until those that remain are sound.
         if ranks.all_true("reading the snapshots", all(owner in loaded for owner in needed)):
             break
-    return _deliver(giver, loaded, iteration, store, ranks)
+    return _deliver(giver, loaded, iteration, store, ranks), giver[store.rank] == store.rank
 
 
 def _deliver(

@@ -104,6 +104,13 @@ class SnapshotRecord:
         return {name: data for name, data in self.sidecars.items() if name.startswith(f"{DATALOADER_DIRECTORY}/")}
 
 
+def save_id_of(common: Mapping[str, Any]) -> str | None:
+    """Which save a snapshot is of, from its common part; None if that does not say."""
+    record = common.get(KEY)
+    found = record.get("save_id") if isinstance(record, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
 def dataloader_state(files: Mapping[str, bytes], rank: int, size: int, place: str) -> DataloaderState:
     """What the data iterator of a data-parallel rank needs to go on.
 

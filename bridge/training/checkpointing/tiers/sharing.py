@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from megatron.core.dist_checkpointing.validation import determine_global_metadat
 from bridge import accelerator
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import CheckpointMismatchError, CheckpointSaveError
+from bridge.training.checkpointing.tiers import snapshot
 
 ShardId = tuple[Any, ...]
 """Key and place of a shard, the same for all its replicas."""
@@ -84,36 +86,101 @@ def tensors_by_shard(sharded: Any) -> dict[ShardId, torch.Tensor]:
     }
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a rank's snapshot holds, as it tells the others."""
+
+    shards: list[tuple[ShardId, torch.dtype, tuple[int, ...]]]
+    """Every tensor with its type and shape, in the snapshot's order. They travel with the names: who asks for another
+    shape is told so, not sent the wrong bytes."""
+    is_in_place: bool
+    """Whether that is what lies in the rank's own store."""
+
+    @classmethod
+    def of(cls, sharded: Any, *, is_in_place: bool) -> Held:
+        """Of a snapshot's sharded state dict."""
+        values = (v for v in nested_values(sharded) if isinstance(v, ShardedTensor) and v.data is not None)
+        return cls([(_sharded_tensor_shard_id(v), v.data.dtype, tuple(v.data.shape)) for v in values], is_in_place)
+
+    @cached_property
+    def by_shard(self) -> dict[ShardId, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape."""
+        return {shard: (dtype, shape) for shard, dtype, shape in self.shards}
+
+
 def fetch(
-    wanted: Sequence[ShardedTensor], held: dict[ShardId, torch.Tensor], group: Any, ranks: Ranks
+    wanted: Sequence[ShardedTensor],
+    sharded: Any,
+    group: Any,
+    ranks: Ranks,
+    *,
+    beside: Callable[[int], torch.Tensor | None] = lambda _: None,
+    is_in_place: bool = True,
 ) -> dict[ShardId, torch.Tensor]:
-    """The wanted tensors, on the CPU: those that this rank holds, and the others from the ranks that hold them.
+    """The wanted tensors, on the CPU: those that this rank can reach, and the others from the ranks that hold them.
 
     Collective.
 
     Args:
         wanted: shards; their own data is not touched.
-        held: what this rank's snapshot holds.
+        sharded: the sharded state dict of this rank's snapshot.
         group: the ranks that share replicas; None for all.
         ranks: all ranks.
+        beside: the bytes of the tensors in another rank's snapshot, if this rank can reach them.
+        is_in_place: whether others may look for this rank's snapshot in that way.
 
     Raises:
         CheckpointMismatchError: no rank of the group holds a wanted shard.
     """
-    ids = [_sharded_tensor_shard_id(value) for value in wanted]
+    at_hand: dict[ShardId, torch.Tensor] = {}
+    ids: list[ShardId] = []
+
+    def look_here() -> tuple[bool, Held]:
+        at_hand.update(tensors_by_shard(sharded))
+        ids.extend(_sharded_tensor_shard_id(value) for value in wanted)
+        return all(i in at_hand for i in ids), Held.of(sharded, is_in_place=is_in_place)
+
+    is_complete, own = ranks.run("describing the shards", look_here)
+    if ranks.all_true("looking for shards", is_complete):
+        return {i: at_hand[i] for i in ids}
     if not dist.is_initialized():
-        ranks.run("looking for shards", lambda: _require({i: {0} for i in ids if i not in held}, [set(held)]))
-        return {i: held[i] for i in ids}
+        _require({i: {0} for i in ids if i not in at_hand}, [set(at_hand)])
     group = group if group is not None else dist.group.WORLD
-    offered: list[Any] = [None] * dist.get_world_size(group)
-    # Types and shapes travel with the names: who asks for another shape is told so, not sent the wrong bytes.
-    own = ({i: (t.dtype, tuple(t.shape)) for i, t in held.items()}, {i for i in ids if i not in held})
-    ranks.run("comparing what each rank holds", lambda: dist.all_gather_object(offered, own, group=group))
-    transfers, received = ranks.run("preparing to exchange shards", lambda: _prepare(offered, dist.get_rank(group)))
-    tensors = {**held, **received}
+    held: list[Any] = [None] * dist.get_world_size(group)
+    ranks.run("comparing what each rank holds", lambda: dist.all_gather_object(held, own, group=group))
+
+    def look() -> bool:
+        at_hand.update(_reach({i for i in ids if i not in at_hand}, held, group, beside))
+        return all(i in at_hand for i in ids)
+
+    if all(ranks.collect("looking for shards on this machine", look)):
+        return {i: at_hand[i] for i in ids}
+    missing: list[Any] = [None] * len(held)
+    lacks = {i for i in ids if i not in at_hand}
+    ranks.run("comparing what each rank lacks", lambda: dist.all_gather_object(missing, lacks, group=group))
+    me = dist.get_rank(group)
+    transfers, received = ranks.run("preparing to exchange shards", lambda: _prepare(held, missing, me))
+    tensors = {**at_hand, **received}
     staging = ranks.run("making room to exchange shards", lambda: _staging(transfers, tensors, group))
     ranks.run("exchanging shards", lambda: _exchange(transfers, tensors, staging, group))
-    return {i: held[i] if i in held else received[i] for i in ids}
+    return {i: tensors[i] for i in ids}
+
+
+def _reach(
+    missing: set[ShardId], held: Sequence[Held], group: Any, beside: Callable[[int], torch.Tensor | None]
+) -> dict[ShardId, torch.Tensor]:
+    """The missing shards that this rank can read from other ranks' snapshots by itself."""
+    me, found = dist.get_rank(group), dict[ShardId, torch.Tensor]()
+    for rank in [*range(me + 1, len(held)), *range(me)]:
+        has = held[rank]
+        if not has.is_in_place or missing.isdisjoint(has.by_shard):
+            continue
+        buffer = beside(dist.get_global_rank(group, rank))
+        views = None if buffer is None else snapshot.views(buffer, [entry[1:] for entry in has.shards])
+        if views is not None:
+            found |= {shard: view for (shard, *_), view in zip(has.shards, views, strict=True) if shard in missing}
+            missing = missing - found.keys()
+    return found
 
 
 @dataclass(frozen=True)
@@ -126,18 +193,18 @@ class _Transfer:
 
 
 def _prepare(
-    offered: list[tuple[dict[ShardId, Any], set[ShardId]]], me: int
+    held: Sequence[Held], missing: Sequence[set[ShardId]], me: int
 ) -> tuple[list[_Transfer], dict[ShardId, torch.Tensor]]:
     """The transfers, in an order that is the same on all ranks, and room for what this rank receives."""
     needed: dict[ShardId, set[int]] = {}
-    for rank, (_, missing) in enumerate(offered):
-        for shard in missing:
+    for rank, lacks in enumerate(missing):
+        for shard in lacks:
             needed.setdefault(shard, set()).add(rank)
-    _require(needed, [set(holds) for holds, _ in offered])
+    _require(needed, [set(has.by_shard) for has in held])
     transfers, received = [], {}
     for shard in sorted(needed, key=repr):
-        holder = next(rank for rank, (holds, _) in enumerate(offered) if shard in holds)
-        dtype, shape = offered[holder][0][shard]
+        holder = next(rank for rank, has in enumerate(held) if shard in has.by_shard)
+        dtype, shape = held[holder].by_shard[shard]
         if me in needed[shard]:
             received[shard] = torch.empty(shape, dtype=dtype)
         if math.prod(shape):

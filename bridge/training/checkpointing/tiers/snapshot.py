@@ -113,14 +113,17 @@ def unpack_buffer(header: bytes, buffer: torch.Tensor, place: str = "the snapsho
         CheckpointDamagedError: the header is unreadable, or the buffer is not of the size that it describes.
     """
     content, records = _read(header, place)
-    offsets, total = _layout([record.size for record in records])
-    if buffer.numel() != total:
+    tensors = views(buffer, [(record.dtype, record.shape) for record in records])
+    if tensors is None:
+        _, total = _layout([record.size for record in records])
         raise CheckpointDamagedError(f"{place} holds {buffer.numel()} bytes of tensors, and its header says {total}")
-    tensors = [
-        buffer[offset : offset + record.size].view(record.dtype).view(record.shape)
-        for offset, record in zip(offsets, records, strict=True)
-    ]
     return _joined(content, records, tensors, place)
+
+
+def common_of(header: bytes, place: str = "the snapshot") -> dict[str, Any]:
+    """What is not sharded of the state dict that a header describes. Arguments and errors are those of `unpack`."""
+    common: dict[str, Any] = _read(header, place)[0]["common"]
+    return common
 
 
 def layout(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
@@ -130,6 +133,16 @@ def layout(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
         The offset of each, a multiple of `ALIGNMENT`; and the bytes of all together, padding included.
     """
     return _layout([tensor.numel() * tensor.element_size() for tensor in tensors])
+
+
+def views(buffer: torch.Tensor, described: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[torch.Tensor] | None:
+    """The tensors of these types and shapes that lie in a buffer where `layout` says; None if it is of another size."""
+    sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in described]
+    offsets, total = _layout(sizes)
+    if buffer.numel() != total:
+        return None
+    places = zip(offsets, sizes, described, strict=True)
+    return [buffer[begin : begin + size].view(dtype).view(shape) for begin, size, (dtype, shape) in places]
 
 
 def fill(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:

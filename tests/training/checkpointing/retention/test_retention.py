@@ -116,6 +116,23 @@ def test_what_is_removed(
     assert removable(entries(*present), policies, tracked, protected) == removed
 
 
+@pytest.mark.parametrize(
+    ("present", "left_behind", "policies", "removed"),
+    [
+        # 20 and 30 were left behind by a start that went on from 10: 10 keeps its place, and they keep theirs.
+        ((10, 20, 30, 35), (20, 30), [MostRecent(2)], [20]),
+        ((10, 20, 30, 35, 40), (20, 30), [MostRecent(2)], [10, 20, 30]),
+        ((10, 20, 30, 35), (20, 30), [MostRecent(1)], [10, 20, 30]),
+        ((10, 20, 30, 35), (), [MostRecent(2)], [10, 20]),
+    ],
+)
+def test_what_was_left_behind_takes_no_place_from_the_others(
+    present: tuple[int, ...], left_behind: tuple[int, ...], policies: list[Policy], removed: list[int]
+) -> None:
+    found = [Entry(iteration, left_behind=iteration in left_behind) for iteration in present]
+    assert removable(found, policies, present[-1], (present[-1],)) == removed
+
+
 POLICIES = st.lists(
     st.one_of(
         st.builds(MostRecent, st.integers(1, 4)),
@@ -128,7 +145,7 @@ POLICIES = st.lists(
 )
 ENTRIES = st.dictionaries(
     st.integers(0, 12),
-    st.tuples(st.floats(-1e5, 1e5), st.dictionaries(st.just("loss"), st.sampled_from([1.0, 2.0, 3.0]))),
+    st.tuples(st.floats(-1e5, 1e5), st.dictionaries(st.just("loss"), st.sampled_from([1.0, 2.0, 3.0])), st.booleans()),
 ).map(lambda found: [Entry(iteration, *about) for iteration, about in found.items()])
 
 
@@ -142,3 +159,12 @@ def test_a_second_sweep_finds_nothing_more(
     assert all(iteration < tracked for iteration in removed)
     left = [entry for entry in present if entry.iteration not in removed]
     assert removable(left, policies, tracked, protected) == []
+
+
+@given(ENTRIES, POLICIES, st.integers(0, 12), st.sets(st.integers(0, 12)))
+def test_to_know_what_was_left_behind_never_removes_anything_more(
+    present: list[Entry], policies: list[Policy], tracked: int, protected: set[int]
+) -> None:
+    unknown = [Entry(entry.iteration, entry.created, entry.metrics) for entry in present]
+    removed = removable(present, policies, tracked, protected)
+    assert set(removed) <= set(removable(unknown, policies, tracked, protected))

@@ -27,8 +27,16 @@ from bridge.training.checkpointing.retention.policies import (
     MostRecent,
     Policy,
 )
-from bridge.training.checkpointing.retention.sweeper import committed_entries, needed_again, sweep, sweep_after_save
+from bridge.training.checkpointing.retention.sweeper import (
+    committed_entries,
+    needed_again,
+    plan_sweep,
+    remove_old_checkpoints,
+    sweep,
+    sweep_after_save,
+)
 from bridge.training.checkpointing.retention.trash import Trash, trash_of
+from bridge.training.checkpointing.starts import STARTS, Starts, write_starts
 from bridge.training.checkpointing.transaction import merged_metrics, numbers_among
 from bridge.training.config import CheckpointConfig
 from bridge.training.state import TrainState
@@ -39,7 +47,7 @@ from tests.training.tiny import run_to_end, tiny_config
 NEWEST: list[Policy] = [MostRecent(1)]
 
 
-def save(save_dir: Path, iteration: int, created: float | None = 0.0, **metrics: float) -> Path:
+def save(save_dir: Path, iteration: int, created: float | None = 0.0, start: int = 0, **metrics: float) -> Path:
     """A checkpoint as the real commit leaves it, with a payload of a few bytes."""
     staging = commit.begin_staging(save_dir, iteration)
     (staging / "tokenizer").mkdir()
@@ -47,7 +55,8 @@ def save(save_dir: Path, iteration: int, created: float | None = 0.0, **metrics:
     for name in names:
         (staging / name).write_bytes(b"%d" % iteration)
     records = tuple(FileRecord.of(staging, name) for name in names)
-    commit.seal(staging, Manifest(iteration, "torch_dist", 1, {}, {}, records, created=created, metrics=metrics))
+    manifest = Manifest(iteration, "torch_dist", 1, {}, {}, records, created=created, start=start, metrics=metrics)
+    commit.seal(staging, manifest)
     path = commit.publish(staging, iteration)
     track(save_dir, iteration)
     return path
@@ -144,6 +153,32 @@ def test_where_the_tracker_does_not_say_what_to_keep_nothing_goes_and_the_save_s
     assert [record.getMessage() for record in loud] == [
         f"OLD CHECKPOINTS IN {save_dir} ARE NOT DELETED; the next save tries again"
     ]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", None])
+def test_where_nobody_knows_what_was_left_behind_nothing_goes(tmp_path: Path, content: bytes | None) -> None:
+    for iteration, start in ((10, 1), (20, 1), (30, 1), (35, 2)):
+        save(tmp_path, iteration, start=start)
+    write_starts(tmp_path, Starts().followed_by(1, 0).followed_by(2, 10, 1))
+    policies: list[Policy] = [MostRecent(2)]
+    assert plan_sweep(tmp_path, policies, saved=35).removable == (20,), "10 is what there is to go back to"
+    noted = (tmp_path / STARTS).read_bytes()
+    (tmp_path / STARTS).unlink()
+    if content is None:
+        (tmp_path / STARTS).mkdir()  # cannot be read, whoever asks
+    else:
+        (tmp_path / STARTS).write_bytes(content)
+    error = OSError if content is None else CheckpointDamagedError
+    with pytest.raises(error):
+        plan_sweep(tmp_path, policies, saved=35)
+    with pytest.raises(error):
+        remove_old_checkpoints(tmp_path, 2)
+    assert sweep_after_save(tmp_path, 35, policies, Trash()) is None
+    assert visible(tmp_path) == {f"iter_00000{number}" for number in (10, 20, 30, 35)}
+    if content is not None:
+        (tmp_path / STARTS).write_bytes(noted)
+        remove_old_checkpoints(tmp_path, 2)
+        assert visible(tmp_path) == {f"iter_00000{number}" for number in (10, 30, 35)}
 
 
 def test_the_tracker_of_other_readers_protects_its_target_too(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from bridge.training.checkpointing.layout import LEGACY_TRACKER, MANIFEST, TRACK
 from bridge.training.checkpointing.retention.policies import policies_of
 from bridge.training.checkpointing.retention.sweeper import sweep_after_save
 from bridge.training.checkpointing.retention.trash import Trash
+from bridge.training.checkpointing.starts import STARTS, read_starts, write_starts
 from bridge.training.config import CheckpointConfig
 from bridge.training.state import TrainState
 
@@ -104,7 +105,7 @@ class Save:
     """Since the save before; negative where the clock was set back."""
     metrics: dict[str, float]
     dated: bool = True
-    """Whether the manifest says when it was written."""
+    """Whether the manifest says when it was written, and by which start of the run."""
     tracker: str = ""
     """What happens to the trackers between the commit and the sweep."""
     crash: tuple[str, int] | None = None
@@ -186,6 +187,18 @@ LIVES = st.lists(st.tuples(st.lists(OTHERS, max_size=2), SAVES), min_size=2, max
 
 
 @dataclass
+class Past:
+    """What a start goes on from."""
+
+    known: frozenset[tuple[int, int]]
+    """The checkpoints that it was trained on from, each by its iteration and its start."""
+    unknown: int
+    """Up to this iteration there may be others."""
+    saved: set[int] = field(default_factory=set)
+    """The iterations that it has saved itself, where the checkpoints say so."""
+
+
+@dataclass
 class Model:
     """What a directory holds, by the documented rules alone."""
 
@@ -195,6 +208,10 @@ class Model:
     tracked: int | None = None
     pinned: int | None = None
     foreign: set[str] = field(default_factory=set)
+    starts: list[Past] = field(default_factory=list)
+    """What each start that has saved went on from."""
+    saved_by: dict[int, int] = field(default_factory=dict)
+    """Iteration to the start that has saved it, where the checkpoint says so."""
 
     def doomed(self, saved: int) -> list[int]:
         """What a sweep after the save of `saved` deletes, in its order."""
@@ -209,6 +226,30 @@ class Model:
 
     def _is_wanted(self, iteration: int) -> bool:
         reached = {i: about for i, about in self.committed.items() if i <= (self.tracked or 0)}
+        present = {i: about for i, about in reached.items() if not self._was_left_behind(i)}
+        # What a rollback has left behind takes no place from the others, and has none of its own taken for it.
+        return self._has_a_reason(iteration, reached) or (
+            iteration in present and self._has_a_reason(iteration, present)
+        )
+
+    def begin(self, resumed: int) -> int:
+        """Another start saves, which went on from the checkpoint of an iteration; the start that had saved that."""
+        source = self.saved_by.get(resumed, 0) if resumed in self.committed else 0
+        known, unknown = set[tuple[int, int]](), resumed
+        if source:
+            past = self.starts[source - 1]
+            known = past.known | {(i, source) for i in past.saved if i <= resumed}
+            unknown = past.unknown
+        self.starts.append(Past(frozenset(known), unknown))
+        return source
+
+    def _was_left_behind(self, iteration: int) -> bool:
+        if iteration not in self.saved_by:
+            return False
+        start, last = self.saved_by[iteration], self.starts[-1]
+        return start != len(self.starts) and (iteration, start) not in last.known and iteration > last.unknown
+
+    def _has_a_reason(self, iteration: int, reached: dict[int, tuple[float, dict[str, float]]]) -> bool:
         rules = self.rules
         newer = sum(1 for other in reached if other > iteration)
         if "most_recent_k" in rules and newer < rules["most_recent_k"]:
@@ -266,6 +307,8 @@ class World:
         self.elsewhere = root / "elsewhere"
         self.bomb = bomb
         self.step = 0
+        self.resumed: int | None = 0
+        """Where this start went on from; None when it has saved."""
         self.hours = 1000.0
         self.model = Model(rules)
 
@@ -284,7 +327,7 @@ class World:
 
     def compare(self) -> None:
         """The directory holds exactly what the model says, and every checkpoint in it is whole."""
-        names = {entry.name for entry in self.save_dir.iterdir()} - {TRACKER, LEGACY_TRACKER}
+        names = {entry.name for entry in self.save_dir.iterdir()} - {TRACKER, LEGACY_TRACKER, STARTS}
         hidden = {name for name in names if name.startswith(".")}
         assert hidden == {name for name in hidden if is_leftover(name)}
         expected = {iteration_name(iteration) for iteration in self.model.committed}
@@ -302,6 +345,11 @@ class World:
     def _stage(
         self, iteration: int, *, seal: bool, dated: bool = True, metrics: dict[str, float] | None = None
     ) -> Path:
+        if self.resumed is not None:
+            starts = read_starts(self.save_dir)
+            source = self.model.begin(self.resumed)
+            write_starts(self.save_dir, starts.followed_by(starts.next, self.resumed, source))
+            self.resumed = None
         staging = commit.begin_staging(self.save_dir, iteration)
         (staging / "shard").write_bytes(b"%d" % iteration)
         created = self.hours * 3600 if dated else None
@@ -313,6 +361,7 @@ class World:
             {},
             (FileRecord.of(staging, "shard"),),
             created=created,
+            start=len(self.model.starts) if dated else 0,
             metrics=metrics or {},
         )
         if seal:
@@ -327,7 +376,7 @@ class World:
         staging = self._stage(self.step, seal=True, dated=event.dated, metrics=event.metrics)
         commit.publish(staging, self.step)
         commit.move_trackers(self.save_dir, self.step, tracker_bytes(self.step))
-        self.model.committed[self.step] = (self.hours, event.metrics)
+        self._commit(self.step, event.metrics, dated=event.dated)
         self.model.tracked = self.step
         self._harm_tracker(event.tracker)
         readable = event.tracker in ("", "names the newest")
@@ -356,6 +405,13 @@ class World:
         if not readable:
             commit.move_trackers(self.save_dir, self.step, tracker_bytes(self.step))
 
+    def _commit(self, iteration: int, metrics: dict[str, float], *, dated: bool = True) -> None:
+        self.model.committed[iteration] = (self.hours, metrics)
+        self.model.saved_by.pop(iteration, None)
+        if dated:
+            self.model.saved_by[iteration] = len(self.model.starts)
+            self.model.starts[-1].saved.add(iteration)
+
     def _forget(self, doomed: Iterable[int]) -> None:
         for iteration in doomed:
             del self.model.committed[iteration]
@@ -382,18 +438,18 @@ class World:
             return
         if event.left == "published" or (event.left == "sealed" and iteration not in self.model.committed):
             # Dead before the trackers moved: it is a checkpoint, at once or when the next start finds it whole.
-            self.model.committed[iteration] = (self.hours, {})
+            self._commit(iteration, {})
         if event.left == "published":
             commit.publish(staging, iteration)
         self._recover()
 
     def _rollback(self, event: Rollback) -> None:
         if self.model.committed:
-            self.step = sorted(self.model.committed)[event.choice % len(self.model.committed)]
+            self.step = self.resumed = sorted(self.model.committed)[event.choice % len(self.model.committed)]
 
     def _restart(self, event: Restart) -> None:
         self.model.rules = event.settings
-        self.step = self.model.tracked or 0
+        self.step = self.resumed = self.model.tracked or 0
         self._recover()
 
     def _recover(self) -> None:
@@ -448,3 +504,19 @@ def test_the_model_is_tried_with_lives_that_delete(bomb: _Bomb, tmp_path: Path) 
     for hours in (1.0, 1.0, 1.0, 1.0, -math.e, 1.0, 1.0):
         world.live(Save(10, hours, {}))
     assert sorted(world.model.committed) == [10, 30, 40, 60, 70]
+
+
+def test_what_a_rollback_leaves_behind_takes_no_place(bomb: _Bomb, tmp_path: Path) -> None:
+    """Nor is it deleted sooner than without that."""
+    world = World(tmp_path, {"most_recent_k": 2}, bomb)
+    for event in (Save(10, 1.0, {}), Save(10, 1.0, {}), Restart({}), Save(10, 1.0, {}), Rollback(0)):
+        world.live(event)
+    assert (sorted(world.model.committed), world.step) == ([10, 20, 30], 10)
+    # Saved after 20 and 30, by a clock that was set back.
+    world.model.rules = {"most_recent_k": 2}
+    world.live(Save(15, -5.0, {}))
+    assert sorted(world.model.committed) == [10, 20, 25, 30], "newer than the tracked one; and 20 is left behind"
+    world.live(Save(10, 1.0, {}))
+    assert sorted(world.model.committed) == [25, 30, 35]
+    world.live(Save(10, 1.0, {}))
+    assert sorted(world.model.committed) == [35, 45]

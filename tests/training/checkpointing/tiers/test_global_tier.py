@@ -90,7 +90,7 @@ def test_files_after_persistent_and_non_persistent_saves(tmp_path: Path) -> None
         *(("iter_0000005", 5, "non_persistent_global"), ("iter_0000006", 6, "persistent")),
     ]
     both = {"latest_train_state.pt", "latest_checkpointed_iteration.txt", ".bridge-writer"}
-    own = {".bridge-session", ".bridge-starts"}
+    own = {".bridge-session", ".bridge-starts", ".bridge-events.jsonl"}
     assert names(save) == {"iter_0000004", "iter_0000006", "non_persistent", *own, *both}
     assert names(save / "non_persistent") == {"iter_0000005", *both}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import signal
@@ -16,13 +17,21 @@ from megatron.core.dist_checkpointing.tensor_aware_state_dict import MCoreTensor
 from nvidia_resiliency_ext.checkpointing.local.replication.strategies import CliqueReplicationStrategy
 
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.errors import CheckpointNotFoundError, KeeperLostError, MemoryLimitError
+from bridge.training.checkpointing.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    KeeperLostError,
+    MemoryLimitError,
+)
+from bridge.training.checkpointing.tiers import snapshot
 from bridge.training.checkpointing.tiers.memory.in_memory import (
     InMemoryCheckpointManager,
     make_in_memory_manager,
     read_state,
 )
 from bridge.training.checkpointing.tiers.memory.keeper_readers import release_session, stored_snapshots
+from bridge.training.checkpointing.tiers.record import KEY
 from bridge.training.config import CheckpointConfig
 from tests.distributed.launch import RankError, init_ranks, run_ranks
 
@@ -50,13 +59,15 @@ def tensors_of(iteration: int, rank: int) -> dict[str, torch.Tensor]:
     }
 
 
-def state_of(iteration: int, rank: int = 0, larger: int = 0) -> MCoreTensorAwareStateDict:
+def state_of(iteration: int, rank: int = 0, larger: int = 0, save_id: str | None = None) -> MCoreTensorAwareStateDict:
     tensors = tensors_of(iteration, rank) | {"ballast": torch.zeros(larger)}
     sharded: dict[str, Any] = {
         name: ShardedTensor.from_rank_offsets(f"{rank}.{name}", tensor) for name, tensor in tensors.items()
     }
     sharded["rng"] = ShardedObject(f"{rank}.rng", {"seed": iteration}, (1,), (0,))
-    common = {"iteration": iteration, "rank": rank, "betas": (0.9, 0.95)}
+    common: dict[str, Any] = {"iteration": iteration, "rank": rank, "betas": (0.9, 0.95)}
+    if save_id is not None:
+        common[KEY] = {"save_id": save_id}
     return MCoreTensorAwareStateDict(common=common, sharded_state_dict=sharded)
 
 
@@ -81,6 +92,12 @@ def kept_by(manager: InMemoryCheckpointManager) -> list[tuple[int, int]]:
     return [(iteration, owner) for iteration, owner, _ in manager._my_ckpt_ids()]
 
 
+def states_of_buffers(manager: InMemoryCheckpointManager) -> list[str]:
+    account = manager.keeper.stats()
+    assert account is not None
+    return sorted(buffer["state"] for buffer in account["buffers"])
+
+
 def save(manager: InMemoryCheckpointManager, state: Any, iteration: int) -> None:
     """Save on one rank, as a run does on each."""
     manager._save(state, manager._ckpt_id(iteration))
@@ -94,13 +111,84 @@ def test_a_snapshot_comes_back_bit_for_bit_and_is_the_loaders_own(session: str) 
     save(manager, state, 10)
     assert [tensor.data_ptr() for tensor in state.tensors] == pointers, "the state that was saved stays as it is"
     loaded = manager._load((10, 0, session))
+    other = manager._load((10, 0, session))
+    del other
     for iteration in (20, 30, 40):
         save(manager, state_of(iteration), iteration)
     assert same(loaded, 10)
     assert kept_by(manager) == [(40, 0)]
     assert same(manager._load((40, 0, session)), 40)
+    assert states_of_buffers(manager) == ["free", "kept", "retired"]
+    del loaded
+    assert states_of_buffers(manager) == ["free", "kept"], "the memory is the keeper's again with the last tensor"
     with pytest.raises(CheckpointNotFoundError):
         manager._load((10, 0, session))
+
+
+def test_what_is_done_to_a_loaded_state_is_not_done_to_what_is_kept(session: str) -> None:
+    manager = manager_of(session)
+    save(manager, state_of(10), 10)
+    for tensor in manager._load((10, 0, session)).tensors:
+        tensor.zero_()
+    assert same(manager._load((10, 0, session)), 10)
+
+
+def test_another_ranks_snapshot_is_read_where_it_lies(session: str) -> None:
+    other = InMemoryCheckpointManager(session, limit=64 * MIB, idle_seconds=60)
+    other._rank = 1
+    save(other, state_of(10, 1, save_id="this"), 10)
+    manager = manager_of(session)
+    found = manager.beside(10, 1, "this")
+    assert found is not None
+    expected = list(state_of(10, 1).tensors)
+    for iteration in (20, 30, 40):
+        views = snapshot.views(found, [(tensor.dtype, tuple(tensor.shape)) for tensor in expected])
+        assert views is not None
+        assert all(torch.equal(view, tensor) for view, tensor in zip(views, expected, strict=True))
+        save(other, state_of(iteration, 1, save_id="this"), iteration)
+    assert snapshot.views(found, [(torch.uint8, (3,))]) is None
+    assert manager.beside(10, 1, "this") is None
+    assert manager.beside(40, 2, "this") is None
+    assert manager.beside(40, 1, "this") is not None
+    assert kept_by(manager) == []
+    other.release()
+
+
+def test_what_a_keeper_has_left_of_another_save_is_not_taken_for_this_one(
+    session: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a machine where another rank of the run ran before, which has saved the same iteration since, elsewhere."""
+    left = InMemoryCheckpointManager(session, limit=64 * MIB, idle_seconds=60)
+    left._rank = 1
+    save(left, state_of(10, 1, save_id="another"), 10)
+    manager = manager_of(session)
+    assert manager.beside(10, 1, "this") is None
+    assert "the snapshot of rank 1, iteration 10, in memory: it is of another save" in caplog.text
+    save(left, state_of(20, 1), 20)
+    assert manager.beside(20, 1, "this") is None, "it does not say of which"
+    for iteration in (30, 40, 50):
+        save(left, state_of(iteration, 1, save_id="another"), iteration)
+    assert states_of_buffers(left) == ["free", "kept"], "what was looked at is not held on to"
+    left.release()
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.ENOMEM, CheckpointError), (errno.EIO, CheckpointDamagedError)])
+def test_a_snapshot_that_cannot_be_looked_at_is_not_held_on_to(number: int, error: type[CheckpointError]) -> None:
+    """Nor is it damaged where only memory is scarce: an older checkpoint would be no better."""
+    closed = []
+
+    class Refusing:
+        place = "the snapshot"
+
+        def read_header(self) -> bytes:
+            raise OSError(number, os.strerror(number))
+
+        def close(self) -> None:
+            closed.append(True)
+
+    with pytest.raises(error) as caught:
+        read_state(Refusing())  # type: ignore[arg-type]
+    assert (type(caught.value), closed) == (error, [True])
 
 
 def test_looking_starts_no_keeper(session: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from bridge.training import train as loop
 from bridge.training.callbacks import CallbackContext, CallbackManager
@@ -106,6 +107,31 @@ def test_an_asynchronous_local_save_is_resumed_from(tmp_path: Path) -> None:
     step = resumed[0][1]
     assert step in (3, 4)
     assert resumed == [("local", step, seen[step]) for seen in lost]
+
+
+def run_and_lose_what_is_not_finalized(cfg: Any, at: int) -> None:
+    """Raise in iteration `at`, when the snapshots of the save under way are written and nobody has noticed it."""
+
+    def lose(context: CallbackContext) -> None:
+        queue = context.state.async_calls_queue
+        if context.state.train_state.step == at:
+            assert queue is not None
+            (pending,) = queue._pending
+            assert pending.call is not None and pending.call.poll(None)
+            dist.barrier()  # the others are as far
+            raise Lost
+
+    callbacks = CallbackManager()
+    callbacks.register("on_train_step_end", lose)
+    with pytest.raises(Lost):
+        train(setup(cfg, callbacks))
+
+
+def test_an_asynchronous_local_save_that_is_whole_outlives_the_end_of_its_run(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"async_save": True, "save_interval": 100, "non_persistent_save_interval": 5}
+    cfg = config(tmp_path, "local", train_iters=12, **settings)
+    run_ranks(run_and_lose_what_is_not_finalized, 2, cfg, 6)
+    assert [found[:2] for found in run_ranks(resume, 2, cfg)] == [("local", 5)] * 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,11 @@ With a replication strategy each rank's keeper also holds the snapshots of the o
 
 from __future__ import annotations
 
+import errno
 import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,8 @@ from bridge.training.checkpointing.tiers import snapshot
 from bridge.training.checkpointing.tiers.availability import SnapshotId
 from bridge.training.checkpointing.tiers.memory.keeper import Keeper, KeeperSettings
 from bridge.training.checkpointing.tiers.memory.keeper_channel import GIB
-from bridge.training.checkpointing.tiers.memory.keeper_readers import OpenSnapshot
+from bridge.training.checkpointing.tiers.memory.keeper_readers import OpenSnapshot, open_apart
+from bridge.training.checkpointing.tiers.record import save_id_of
 
 try:
     from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.base_manager import BaseCheckpointManager
@@ -124,8 +129,26 @@ class InMemoryCheckpointManager(BaseCheckpointManager):  # type: ignore[misc]
 
     def _load(self, ckpt_id: SnapshotId) -> Any:
         iteration, owner, _ = ckpt_id
-        with self.keeper.open(owner, iteration) as found:
-            return read_state(found)
+        return read_state(self.keeper.open(owner, iteration))
+
+    def beside(self, iteration: int, owner: int, save_id: str) -> torch.Tensor | None:
+        """The bytes of the tensors that the keeper of another rank of this machine holds, where they lie in memory.
+
+        A keeper may be left from a time when its rank ran here, and hold the same iteration of another save.
+        """
+        try:
+            found = open_apart(self.session_id, owner, owner, iteration)
+            if found is None:
+                return None
+            with _closing_on_failure(found):
+                of = save_id_of(snapshot.common_of(found.read_header(), found.place))
+                if of == save_id:
+                    return _payload(found)
+            found.close()
+            logger.warning("passing over %s: it is of another save", found.place)
+        except (CheckpointError, OSError) as error:
+            logger.debug("passing over what the keeper of rank %d has: %s", owner, error)
+        return None
 
     def _cleanup(self, iteration: int) -> None:
         """Forget all but an iteration that is complete everywhere: later ones are of a past that was taken back."""
@@ -161,16 +184,43 @@ def make_in_memory_manager(checkpoint_config: Any, session_id: str) -> InMemoryC
 
 
 def read_state(found: OpenSnapshot) -> Any:
-    """The state dict of an open snapshot. Its tensors are copies, on the CPU, and stay when the snapshot is closed.
+    """The state dict of an open snapshot. Its tensors lie where they are in memory, and keep it open.
 
     Raises:
         UnsafeCheckpointError: the header holds an object of a class that is not allowed.
         CheckpointDamagedError: the snapshot is not what was committed.
+        CheckpointError: there is not enough memory to look at it.
     """
-    buffer = torch.empty(found.kept.payload, dtype=torch.uint8)
-    try:
-        found.read_payload(memoryview(buffer.numpy()))  # type: ignore[arg-type]
-        header = found.read_header()
-    except OSError as error:
-        raise CheckpointDamagedError(f"{found.place} cannot be read: {error}") from error
+    with _closing_on_failure(found):
+        try:
+            header = found.read_header()
+            buffer = _payload(found)
+        except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise CheckpointError(
+                    f"{found.place} is there, and the system lends no memory to look at it ({error}); end what else "
+                    "uses memory on this machine, or set vm.overcommit_memory to 0, and start again"
+                ) from error
+            raise CheckpointDamagedError(f"{found.place} cannot be read: {error}") from error
     return snapshot.unpack_buffer(header, buffer, found.place)
+
+
+@contextmanager
+def _closing_on_failure(found: OpenSnapshot) -> Iterator[None]:
+    """Whatever goes wrong, let the keeper use the memory again."""
+    try:
+        yield
+    except BaseException:
+        found.close()
+        raise
+
+
+def _payload(found: OpenSnapshot) -> torch.Tensor:
+    """The bytes of an open snapshot's tensors where they lie; it is closed when the last tensor on them is gone."""
+    memory = found.map_payload()
+    if memory is None:
+        found.close()
+        return torch.empty(0, dtype=torch.uint8)
+    # The end of the process closes everything anyway.
+    weakref.finalize(memory, found.close).atexit = False
+    return torch.frombuffer(memory, dtype=torch.uint8)

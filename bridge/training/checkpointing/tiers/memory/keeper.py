@@ -39,7 +39,7 @@ from bridge.training.checkpointing.tiers.memory.keeper_channel import (
     gib,
     has_died,
 )
-from bridge.training.checkpointing.tiers.memory.keeper_readers import Kept, OpenSnapshot, list_kept, open_kept
+from bridge.training.checkpointing.tiers.memory.keeper_readers import Kept, OpenSnapshot, list_kept, open_apart
 
 logger = logging.getLogger(__name__)
 
@@ -174,17 +174,19 @@ class Keeper:
                 return []
 
     def open(self, owner: int, iteration: int) -> OpenSnapshot:
-        """Open a complete snapshot for reading.
+        """Open a complete snapshot for reading, over a connection of its own.
 
         Raises:
             CheckpointNotFoundError: the keeper does not hold it.
             KeeperLostError: the keeper died, or none runs.
         """
         with self._exclusively():
-            channel = self._find_channel()
-            if channel is None:
+            found = None
+            if self._find_channel() is not None:
+                found = open_apart(self.settings.session, self.settings.rank, owner, iteration)
+            if found is None:
                 raise KeeperLostError(f"rank {self.settings.rank} has no keeper of in-memory checkpoints")
-            return open_kept(channel, self.settings.rank, owner, iteration)
+            return found
 
     def drop(self, *, below: int | None = None, above: int | None = None, equal: int | None = None) -> None:
         """Forget the snapshots, of all owners, of iterations that are below, above or equal to a number.

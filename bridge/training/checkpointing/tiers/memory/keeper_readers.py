@@ -39,8 +39,18 @@ class Kept:
 class OpenSnapshot:
     """A snapshot whose bytes stay as they are until it is closed, whatever is saved or dropped meanwhile."""
 
-    def __init__(self, channel: Channel, keeper_rank: int, kept: Kept, number: int, descriptor: int) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        keeper_rank: int,
+        kept: Kept,
+        number: int,
+        descriptor: int,
+        *,
+        owns_channel: bool = False,
+    ) -> None:
         self._channel = channel
+        self._owns_channel = owns_channel
         self._number = number
         self._descriptor = descriptor
         self.keeper_rank = keeper_rank
@@ -65,7 +75,7 @@ class OpenSnapshot:
     def map_payload(self) -> mmap.mmap | None:
         """The tensors' bytes where they are, without copying them; None if there are none.
 
-        They may be used until the snapshot is closed.
+        They may be used until the snapshot is closed. Writing to them changes nothing but this process's view.
         """
         if not self.kept.payload:
             return None
@@ -77,6 +87,10 @@ class OpenSnapshot:
             return
         os.close(self._descriptor)
         self._descriptor = -1
+        if self._owns_channel:
+            # The end of the connection tells the keeper: nothing is waited for, so this may be done at any time.
+            self._channel.close()
+            return
         with suppress(CheckpointError):  # a keeper that is gone needs to be told nothing
             self._channel.request("close", number=self._number)
 
@@ -113,6 +127,23 @@ def open_kept(channel: Channel, keeper_rank: int, owner: int, iteration: int) ->
     reply, (descriptor,) = channel.request("open", owner=owner, iteration=iteration)
     kept = Kept(owner, iteration, reply["payload"], reply["header"], reply["capacity"])
     return OpenSnapshot(channel, keeper_rank, kept, reply["number"], descriptor)
+
+
+def open_apart(session: str, keeper_rank: int, owner: int, iteration: int) -> OpenSnapshot | None:
+    """Open one snapshot of a keeper over a connection of its own; None if there is no such keeper.
+
+    Raises as `open_kept`.
+    """
+    channel = Channel.connect(session, keeper_rank)
+    if channel is None:
+        return None
+    try:
+        reply, (descriptor,) = channel.request("open", owner=owner, iteration=iteration)
+    except BaseException:
+        channel.close()
+        raise
+    kept = Kept(owner, iteration, reply["payload"], reply["header"], reply["capacity"])
+    return OpenSnapshot(channel, keeper_rank, kept, reply["number"], descriptor, owns_channel=True)
 
 
 def running_keepers() -> list[tuple[str, int]]:
