@@ -2,52 +2,47 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+
+import click
+
+from bridge.cli.output import Output, directory_argument, output_options, safe_global_option
+from bridge.cli.preparing import enable
 
 DESCRIPTION = """Write the newest complete in-memory checkpoint of a run into its save directory, as a persistent one.
 
-For a run whose trainers are dead and will not be started again on this machine. It has to be run on the machine that
-holds the snapshots of all ranks, as the user that the run belonged to. If the save directory has a checkpoint that is
-as new, nothing is done."""
+SAVE_DIR is checkpoint.save of a run whose trainers are dead and will not be started again on this machine. The command
+has to be run on the machine that holds the snapshots of all ranks, as the user that the run belonged to. If the save
+directory has a checkpoint that is as new, nothing is done."""
 
 
-def add_to(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "rescue",
-        help="write a dead run's in-memory checkpoint into its save directory",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("save_dir", metavar="SAVE_DIR", type=Path, help="checkpoint.save of the run")
-    parser.add_argument("--force", action="store_true", help="even if the save directory has a checkpoint as new")
-    parser.add_argument("--release", action="store_true", help="end the keepers afterwards and free their memory")
-    parser.add_argument(
-        "--safe-global",
-        metavar="CLASS",
-        action="append",
-        default=[],
-        help="module.Class of the run's checkpoint.safe_globals; may be given several times",
-    )
-    parser.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Carry it out; return the exit status."""
+@click.command("rescue", help=DESCRIPTION, short_help="write a dead run's in-memory checkpoint into its save directory")
+@directory_argument("save_dir", "SAVE_DIR")
+@click.option("--force", is_flag=True, help="even if the save directory has a checkpoint as new")
+@click.option("--release", is_flag=True, help="end the keepers afterwards and free their memory")
+@safe_global_option
+@output_options
+def command(
+    save_dir: Path, force: bool, release: bool, safe_globals: tuple[str, ...], as_json: bool, quiet: bool
+) -> None:
+    """Carry it out."""
+    enable()
     from bridge.training.checkpointing.rescue import end_keepers, rescue
 
-    save_dir = options.save_dir.expanduser()
-    rescued = rescue(save_dir, force=options.force, safe_globals=options.safe_global)
+    output = Output(as_json, quiet)
+    rescued = rescue(save_dir, force=force, safe_globals=safe_globals)
     if rescued.committed is None:
-        print(
+        output.line(
             f"nothing to rescue: the newest iteration in memory is {rescued.iteration}, and {save_dir} has the "
             f"checkpoint of iteration {rescued.tracked}"
         )
     else:
-        print(f"saved iteration {rescued.iteration} from memory to {rescued.committed.path}")
-    if options.release:
+        output.line(f"saved iteration {rescued.iteration} from memory to {rescued.committed.path}")
+    ranks: list[int] = []
+    if release:
         ranks = end_keepers(save_dir)
-        print(f"ended the keepers of rank {', '.join(map(str, ranks))}")
-    return 0
+        output.line(f"ended the keepers of rank {', '.join(map(str, ranks))}")
+    path = None if rescued.committed is None else rescued.committed.path
+    output.result(
+        {"iteration": rescued.iteration, "tracked_before": rescued.tracked, "path": path, "released_ranks": ranks}
+    )

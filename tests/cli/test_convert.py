@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.cli.convert import progress_line
 from bridge.training.checkpointing import convert as conversion
 from bridge.training.checkpointing.commit import recover
 from bridge.training.checkpointing.conversion.comparing import same
@@ -49,6 +48,7 @@ from bridge.training.checkpointing.layout import LEGACY_TRACKER, TRACKER
 from bridge.training.checkpointing.marks import mark
 from bridge.training.checkpointing.safety.safe_globals import load_torch_file
 from bridge.training.checkpointing.source import require_whole
+from bridge.training.progress import progress_line
 from bridge.training.state import TrainState
 from tests.cli.test_rescue import bridge_ckpt, claimed
 from tests.distributed.launch import RankError, init_ranks, run_ranks
@@ -106,7 +106,9 @@ def complete(checkpoint: Path, name: str) -> None:
         (checkpoint / sidecar).write_bytes(data)
     records = tuple(FileRecord.of(checkpoint, file) for file in states.files_in(checkpoint))
     sizes = {"tensor": 2, "data": 1}
-    manifest = Manifest(ITERATION, name, 2, sizes, {"bridge": "0"}, records, created=1.0, metrics={"loss": 2.5})
+    manifest = Manifest(
+        ITERATION, name, 2, sizes, {"bridge": "0"}, records, created=1.0, start=3, metrics={"loss": 2.5}
+    )
     write_manifest(checkpoint, manifest)
 
 
@@ -182,7 +184,7 @@ def test_there_and_back_every_tensor_object_and_file_is_the_same(root: Path, tmp
         manifest, original = read_manifest(converted.path), read_manifest(source)
         assert manifest is not None
         assert original is not None
-        for field in ("iteration", "world_size", "parallel_sizes", "metrics"):
+        for field in ("iteration", "world_size", "parallel_sizes", "created", "start", "metrics"):
             assert getattr(manifest, field) == getattr(original, field)
         assert manifest.total_bytes == converted.total_bytes
         for sidecar in ("common.pt", "train_state.pt", *SIDECARS):
@@ -283,7 +285,7 @@ def test_tensors_larger_than_the_budget_are_split(root: Path, tmp_path: Path, so
 def test_several_processes_share_the_budget_and_the_work(root: Path, tmp_path: Path) -> None:
     status, out, err = bridge_ckpt(
         *("convert", root / "large_torch_dist", tmp_path / "zarr", "--format", "zarr", "--processes", 2),
-        *("--memory-gib", 4 / 1024, "--json"),
+        *("--memory-gib", 4 / 1024, "--json", "--quiet"),
     )
     assert (status, err) == (0, "")
     summary = json.loads(out)
@@ -302,7 +304,7 @@ def test_an_error_of_one_process_ends_the_conversion(root: Path, tmp_path: Path)
         stream.write(b"damage")
     for processes in (1, 2):
         status, out, err = bridge_ckpt(
-            "convert", tmp_path / "damaged", tmp_path / "zarr", "--format", "zarr", "--processes", processes
+            "convert", tmp_path / "damaged", tmp_path / "zarr", "--format", "zarr", "--processes", processes, "--quiet"
         )
         assert (status, out) == (1, "")
         assert err.startswith(f"error: {tmp_path}/damaged/{NAME} is damaged: {shard.name} has xxh3 ")

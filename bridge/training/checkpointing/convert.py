@@ -8,7 +8,6 @@ again. The source is only read. The destination gets a checkpoint like any other
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,16 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-from megatron.core import __version__ as megatron_version
-
-import bridge
 from bridge.training.checkpointing import commit, ownership
 from bridge.training.checkpointing.conversion.contents import (
     Contents,
     contents_of,
     require_same_contents,
     write_contents,
+)
+from bridge.training.checkpointing.conversion.destination import (
+    TO,
+    check_destination,
+    claim,
+    manifest_of,
+    move_trackers,
+    tracking,
 )
 from bridge.training.checkpointing.conversion.plan import Part, PlanError, Shares, Tensor, divide, shares_of
 from bridge.training.checkpointing.conversion.processes import Pool, pool_of
@@ -41,36 +44,30 @@ from bridge.training.checkpointing.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointSaveError,
-    NotACheckpointError,
     NotEnoughSpaceError,
 )
-from bridge.training.checkpointing.files import make_directory, replace_file, sync_file, sync_tree
+from bridge.training.checkpointing.files import sync_file, sync_tree
 from bridge.training.checkpointing.formats.registry import format_named
 from bridge.training.checkpointing.integrity import FileRecord, Manifest
 from bridge.training.checkpointing.layout import (
-    LEGACY_TRACKER,
-    TRAIN_STATE,
     Listing,
     is_iteration_directory,
     iteration_name,
-    list_checkpoints,
 )
 from bridge.training.checkpointing.marks import is_marked, problem_of
 from bridge.training.checkpointing.resolve import Source
 from bridge.training.checkpointing.safety.safe_globals import allow
 from bridge.training.checkpointing.source import describe, find_source, require_whole
-from bridge.training.checkpointing.trackers import read_tracker
 
 logger = logging.getLogger(__name__)
 
-FROM, TO = "SRC", "DST"
-"""What messages call the two places: they are named on a command line."""
+FROM = "SRC"
+"""What messages call the source: it is named on a command line."""
 DEFAULT_MEMORY = 4 << 30
 """Bytes."""
 _MOST_PROCESSES = 4
 _WORTH_PROCESSES = 1 << 30
 """Bytes of a checkpoint from which it pays to start further processes, which takes some seconds."""
-_ENDING_SECONDS = 5.0
 _CHECKED = "source-checked"
 
 Step = Literal["checking", "converting", "comparing"]
@@ -152,12 +149,12 @@ def convert(
         raise CheckpointSaveError(f"--processes is {processes}, and at least one has to do the work")
     read = _examine(source, step, target_format)
     processes = processes or _default_processes(read.path)
-    listing = _destination(destination, read.path, read.iteration)
+    listing = check_destination(destination, read.path, read.iteration)
     try:
         shares = shares_of(memory, processes)
     except PlanError as error:
         raise CheckpointSaveError(f"--memory-gib: {error}") from error
-    new = _claim(destination)
+    new = claim(destination)
     try:
         request = _Request(read, destination, target_format, processes, shares, verify, force, tuple(safe_globals))
         return _Conversion(request, listing, report or _quiet, started).run()
@@ -168,18 +165,6 @@ def convert(
     finally:
         if new:
             ownership.give_up(destination)
-
-
-def _claim(destination: Path) -> bool:
-    """Make the destination and claim it; whether this process did not have it before."""
-    try:
-        make_directory(destination)
-        # A run that is alive goes on saving; a conversion that was just killed may still be ending.
-        return ownership.claim(destination, TO, wait_seconds=_ENDING_SECONDS)
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointSaveError(f"{TO}: cannot save in {destination}: {error}") from error
 
 
 def _default_processes(path: Path) -> int:
@@ -247,30 +232,6 @@ def _examine(source: Path, step: int | None, target_format: str) -> _Read:
     return _Read(path, name, saved.iteration if manifest is None else manifest.iteration, manifest)
 
 
-def _destination(destination: Path, source: Path, iteration: int) -> Listing:
-    """Check that the destination is a directory of checkpoints, or can become one."""
-    real = destination.resolve()
-    if source.resolve() in (real, *real.parents):
-        raise NotACheckpointError(f"{TO}: {destination} lies in the checkpoint that is to be converted")
-    if (real / iteration_name(iteration)).resolve() == source.resolve():
-        raise CheckpointMismatchError(
-            f"{TO}: {destination} is the directory of the checkpoint that is to be converted, which is never "
-            "replaced; name another"
-        )
-    if destination.exists() and not destination.is_dir():
-        raise NotACheckpointError(f"{TO}: {destination} is not a directory")
-    listing = list_checkpoints(destination)
-    if listing.exists and is_iteration_directory(destination):
-        raise NotACheckpointError(f"{TO}: {destination} is one checkpoint; name a directory of checkpoints")
-    has_checkpoints = listing.iterations or listing.has_release or listing.has_tracker or listing.has_legacy_tracker
-    if listing.foreign and not has_checkpoints:
-        raise NotACheckpointError(
-            f"{TO}: {destination} holds something else than checkpoints ({', '.join(listing.foreign[:5])}); name a "
-            "directory of checkpoints, or an empty or new one"
-        )
-    return listing
-
-
 @dataclass
 class _Conversion:
     """One conversion, in a destination that this process has claimed."""
@@ -293,7 +254,7 @@ class _Conversion:
                 f"{TO}: {request.destination} has a checkpoint of iteration {read.iteration}; give --force to replace "
                 "it, or name another directory"
             )
-        moves, trackers = _tracking(self.listing, read.iteration)
+        moves, trackers = tracking(self.listing, read.iteration)
         if published:
             path = request.destination / iteration_name(read.iteration)
             store = open_store(path, request.target_format, request.shares.reader)
@@ -306,7 +267,7 @@ class _Conversion:
             path, parts, total = self._publish(progress, store, contents)
             objects = len(contents.objects) + len(contents.in_parts)
         if moves:
-            trackers = _move_trackers(request.destination, read.iteration, path, self.listing)
+            trackers = move_trackers(request.destination, read.iteration, path, self.listing)
         progress.forget()
         return Converted(
             read.path,
@@ -450,7 +411,9 @@ class _Conversion:
 
     def _commit(self, progress: Progress, files: list[FileRecord]) -> Path:
         read, staging = self.request.read, progress.staging
-        manifest = None if read.manifest is None else _manifest(read.manifest, self.request.target_format, files)
+        manifest = None
+        if read.manifest is not None:
+            manifest = manifest_of(read.manifest, self.request.target_format, files, staging.parent)
         progress.set_aside(manifest)
         if manifest is not None:
             commit.seal(staging, manifest)
@@ -458,46 +421,3 @@ class _Conversion:
             # Nobody knows the run that saved it, which a manifest would have to describe.
             sync_tree(staging)
         return commit.publish(staging, read.iteration)
-
-
-def _manifest(source: Manifest, target_format: str, files: Sequence[FileRecord]) -> Manifest:
-    """What a run would have written, had it saved in this format."""
-    return Manifest(
-        iteration=source.iteration,
-        checkpoint_format=target_format,
-        world_size=source.world_size,
-        parallel_sizes=source.parallel_sizes,
-        versions={"bridge": bridge.__version__, "torch": torch.__version__, "megatron-core": megatron_version},
-        files=tuple(files),
-        created=time.time(),
-        # The starts that the number counts are those of another directory.
-        start=0,
-        metrics={name: value for name, value in source.metrics.items() if math.isfinite(value)},
-    )
-
-
-def _tracking(listing: Listing, iteration: int) -> tuple[bool, str]:
-    """Whether the trackers are to name the new checkpoint, and if not, why, in words.
-
-    Raises:
-        CheckpointDamagedError: a tracker is unreadable.
-    """
-    tracked = read_tracker(listing)
-    if tracked is not None and tracked.release:
-        return False, f"the trackers were left: {tracked.file} names the release checkpoint"
-    newest = max([*listing.iterations, *([] if tracked is None else [tracked.iteration])], default=iteration)
-    if newest > iteration:
-        return False, f"the trackers were left: the directory has the newer iteration {newest}"
-    return True, ""
-
-
-def _move_trackers(directory: Path, iteration: int, path: Path, listing: Listing) -> str:
-    """Make the trackers name a published checkpoint; return what was done, in words."""
-    train_state = path / TRAIN_STATE
-    if train_state.exists():
-        commit.move_trackers(directory, iteration, train_state.read_bytes())
-        return f"the trackers name iteration {iteration}"
-    if listing.has_tracker:
-        return f"the trackers were left: the checkpoint has no {TRAIN_STATE}, which ours is a copy of"
-    replace_file(directory / LEGACY_TRACKER, str(iteration).encode())
-    return f"{LEGACY_TRACKER} names iteration {iteration}"

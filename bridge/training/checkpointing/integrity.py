@@ -8,6 +8,7 @@ do not match it has been damaged since.
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,8 @@ class Manifest:
     """Number of the run's start that saved it; 0 where nobody counts."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What the run measured in the step before the save, by name; finite numbers."""
+    averaged: tuple[int, ...] = ()
+    """The iterations whose mean the model's tensors are; empty for what a run has saved."""
 
     @property
     def total_bytes(self) -> int:
@@ -125,6 +128,8 @@ class Manifest:
             "checksum": self.checksum,
             "files": {record.name: record.to_entry() for record in self.files},
         }
+        if self.averaged:
+            content["averaged"] = list(self.averaged)
         if self.format_version > 1:
             content["own_checksum"] = _own_checksum(content)
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
@@ -159,6 +164,7 @@ class Manifest:
             created=None if content.get("created") is None else _finite("created", content["created"]),
             start=_typed({"start": 0} | content, "start", int),
             metrics={name: _finite(name, value) for name, value in metrics.items()},
+            averaged=tuple(_whole("averaged", each) for each in _typed({"averaged": []} | content, "averaged", list)),
         )
         if version > 1 and content.pop("own_checksum", None) != _own_checksum(content):
             raise ValueError("it has been changed since it was written: its own_checksum is another one")
@@ -180,8 +186,11 @@ def read_manifest(directory: Path) -> Manifest | None:
     """
     path = directory / MANIFEST
     try:
-        if path.stat().st_size > _LARGEST_MANIFEST:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+            raise ValueError("it is not a file")
+        if found.st_size > _LARGEST_MANIFEST:
+            raise ValueError(f"it has {found.st_size} bytes")
         return Manifest.from_json(path.read_text())
     except FileNotFoundError as error:
         if path.is_symlink():
@@ -254,6 +263,12 @@ def _finite(name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not -1e308 < value < 1e308:
         raise ValueError(f"its {name!r} is {str(value)[:40]}, not a finite number")
     return float(value)
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"its {name!r} holds {repr(value)[:40]}, not a whole number")
+    return value
 
 
 def _typed(content: dict[str, Any], key: str, kind: type) -> Any:

@@ -27,6 +27,7 @@ from bridge.training.checkpointing import commit, ownership
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.disk import as_text, available_bytes, state_bytes
 from bridge.training.checkpointing.errors import (
+    CheckpointDamagedError,
     CheckpointError,
     CheckpointNotFoundError,
     CheckpointSaveError,
@@ -100,9 +101,9 @@ def rescue(save_dir: Path, *, force: bool = False, safe_globals: Sequence[str] =
     allow(list(safe_globals))
     session = _session_in(save_dir)
     _take(save_dir)
-    named = _tracked(save_dir, force)
+    named, starts = _tracked(save_dir, force), _starts(save_dir, force)
     with _process_group_of_one() as ranks, stored_snapshots(session) as found:
-        states = newest_complete(_described(found, read_starts(save_dir)), str(save_dir))
+        states = newest_complete(_described(found, starts), str(save_dir))
         iteration = states[0][0].iteration
         if named is not None and iteration <= named and not force:
             return Rescued(iteration, named, None)
@@ -121,6 +122,20 @@ def _tracked(save_dir: Path, force: bool) -> int | None:
     if tracked is None or tracked.release or is_marked(save_dir / iteration_name(tracked.iteration)):
         return None
     return tracked.iteration
+
+
+def _starts(save_dir: Path, force: bool) -> Starts:
+    """What the run has left behind. With `force` it need not be known."""
+    try:
+        return read_starts(save_dir)
+    except (CheckpointDamagedError, OSError) as error:
+        if not force:
+            raise CheckpointDamagedError(
+                f"it is not known which snapshots the run of {save_dir} has left behind by going back; with --force "
+                f"the newest is taken: {error}"
+            ) from error
+        logger.warning("going on without what the run has noted of its starts: %s", error)
+        return Starts()
 
 
 def end_keepers(save_dir: Path) -> list[int]:
