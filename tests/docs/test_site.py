@@ -1,5 +1,6 @@
 """The documentation builds as a site, strictly: every link leads somewhere, every page is in the navigation."""
 
+import html
 import importlib
 import importlib.util
 import os
@@ -51,8 +52,27 @@ def test_every_documented_name_has_its_entry(site: Path) -> None:
     entries = set(re.findall(r'id="(bridge\.[\w.]+)"', (site / "reference" / "api.html").read_text()))
     for package in generator.PACKAGES:
         module = importlib.import_module(package)
-        names = {name for name in module.__all__ if not name.startswith("_") and callable(getattr(module, name))}
+        public = {name: getattr(module, name) for name in module.__all__ if not name.startswith("_")}
+        names = {name for name, value in public.items() if generator.is_documented(value)}
         assert {name for name in names if f"{package}.{name}" not in entries} == set()
+
+
+def test_every_error_is_listed_with_its_messages(site: Path) -> None:
+    text = html.unescape((site / "reference" / "messages.html").read_text())
+    files = (ROOT / "bridge").rglob("errors.py")
+    names = {name for path in files for name in re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE)}
+    assert names == set(re.findall(r"<h2 id=\"\w+\">(\w+)", text))
+    for message in (
+        "checkpoint.ckpt_step: ... is not in ... (... does not exist; ...)",
+        "checkpoint.async_save: ... has nothing to save without checkpoint.save; "
+        "set checkpoint.save to a directory, or async_save to false",
+    ):
+        assert f"<code>{message}</code>" in text
+
+
+def test_every_package_with_a_list_of_names_is_in_the_reference() -> None:
+    packages = [path.parent for path in (ROOT / "bridge").rglob("__init__.py") if "__all__ = " in path.read_text()]
+    assert {".".join(path.relative_to(ROOT).parts) for path in packages} == set(generator.PACKAGES)
 
 
 def test_the_list_of_names_is_up_to_date() -> None:
