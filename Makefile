@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint typecheck pytest faults check format docs clean distclean
+.PHONY: help setup quickstart test lint typecheck pytest faults bench check format docs clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ pytest: setup ## the tests alone; ARGS='-k name' passes arguments to pytest
 
 faults: setup ## the whole fault-injection suite (docs/faults.md); takes an hour or so on 2 cores
 	@$(VENV) -m pytest tests/faults -m 'faults or not slow' $(ARGS)
+
+bench: setup ## all benchmarks, and docs/benchmarks.md of them (a quarter of an hour); ARGS=--small tries them out
+	@$(VENV) -W ignore -m scripts.benchmarks.all $(ARGS)
 
 check: test ## the same as test
 

@@ -14,6 +14,7 @@ time and of the processor: on a machine that is busy with something else only th
     megatron     megatron-core's dist_checkpointing.load
     direct       the same with TorchDistLoadStrategy
     manager      what the checkpoint manager of this project calls
+    own          the same, of a checkpoint that this project has saved, and that has its metadata in columns too
     slice        an eighth of the columns of every large tensor, by megatron-core
     slice direct the same with TorchDistLoadStrategy
 """
@@ -39,6 +40,8 @@ RATIOS = [
     ("direct", "raw"),
     ("megatron", "direct"),
     ("megatron", "manager"),
+    ("megatron", "own"),
+    ("own", "raw"),
     ("dcp", "dcp direct"),
     ("torch.load", "direct"),
     ("slice", "slice direct"),
@@ -128,7 +131,7 @@ def _ways(directory: Path, count: int, size: int) -> dict[str, Callable[[], obje
 
     from bridge.training.checkpointing.agreement import Ranks
     from bridge.training.checkpointing.formats import torch_dist
-    from bridge.training.checkpointing.io import DirectReader, TorchDistLoadStrategy
+    from bridge.training.checkpointing.io import DirectReader, TorchDistLoadStrategy, TorchDistSaveStrategy
 
     columns = max(1, size // 4 // 16) // 8 * 8 or 8
     names = [f"layers.{number}.weight" for number in range(count)]
@@ -140,9 +143,11 @@ def _ways(directory: Path, count: int, size: int) -> dict[str, Callable[[], obje
             return {n: ShardedTensor.from_rank_offsets(n, t, (1, 3, 8)) for n, t in parts.items()}
         return {n: ShardedTensor.from_rank_offsets(n, t) for n, t in tensors.items()}
 
-    mcore, plain, single = directory / "mcore", directory / "dcp", directory / "single.pt"
+    mcore, plain, single, own = directory / "mcore", directory / "dcp", directory / "single.pt", directory / "own"
     mcore.mkdir(parents=True)
+    own.mkdir()
     dist_checkpointing.save(template(), str(mcore))
+    dist_checkpointing.save(template(), str(own), TorchDistSaveStrategy())
     dcp.save(tensors, checkpoint_id=plain, no_dist=True)
     torch.save(tensors, single)
     wanted, wanted_parts, ranks = template(), template(part=True), Ranks.current()
@@ -165,6 +170,7 @@ def _ways(directory: Path, count: int, size: int) -> dict[str, Callable[[], obje
         "megatron": lambda: megatron(wanted, None),
         "direct": lambda: megatron(wanted, TorchDistLoadStrategy()),
         "manager": lambda: torch_dist.load(wanted, mcore, ranks, strictness="assume_ok_unexpected"),
+        "own": lambda: torch_dist.load(wanted, own, ranks, strictness="assume_ok_unexpected"),
     }
     if size >= 1 << 20:
         # One rank alone asks for a part, which does not cover the tensor.

@@ -1,14 +1,14 @@
 """Time to plan a save: the first of a structure and the repeated ones.
 
-    .venv/bin/python scripts/benchmarks/repeat_save.py [--tensors N] [--ranks N] [--saves N] [--alone]
+    .venv/bin/python scripts/benchmarks/repeat_save.py [--tensors N] [--ranks N] [--saves N] [--alone] [--json FILE]
 
 Planning is what holds up training before the first byte is copied or written: preparing the state, comparing and
 validating it, sharing out the writing, exchanging plans. The state is many small tensors, half of them copied on
 every rank and half of them sharded. All ways plan the same state in turns, in the same processes:
 
-    anew            checkpoint.ckpt_assume_constant_structure: false
-    reused          true: a repeated save compares fingerprints and plans nothing
-    megatron        megatron-core's strategies as Megatron-LM sets them up without that setting
+    anew            every save plans as the first one of a run does
+    reused          a repeated save compares structures and plans nothing
+    megatron        megatron-core's strategies as Megatron-LM sets them up without ckpt_assume_constant_structure
     megatron cached the same with it: nothing is compared, so a changed structure is not noticed
 
 Times are of the slowest rank; "repeated" is the median of the third save and those after it, because megatron-core
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--saves", type=int, default=8, help="of each way; at least 3")
     parser.add_argument("--alone", action="store_true", help="the main replica writes; by default ranks share")
+    parser.add_argument("--json", type=Path, help="write the times to this file too")
     options = parser.parse_args(arguments)
     if options.saves < 3:
         parser.error("--saves must be at least 3")
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Forked, so that the ranks need not import again what the parent has.
         multiprocessing.start_processes(_rank, (Path(directory), options), nprocs=options.ranks, start_method="fork")
         seconds = json.loads((Path(directory) / "seconds.json").read_text())
+    if options.json is not None:
+        report = {"tensors": options.tensors, "ranks": options.ranks, "seconds": seconds}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
     _print(seconds)
     return 0
 
@@ -122,9 +126,8 @@ def _ours(directory: Path, group: Any, *, reuse: bool) -> Callable[[dict[str, An
             directory,
             {},
             Ranks.current(),
-            strategy=kept[0],
+            strategy=kept[0] if reuse else None,
             parallelization_group=group,
-            assume_constant_structure=reuse,
         )
 
     return plan

@@ -24,6 +24,7 @@ spec.loader.exec_module(generator)
 
 def test_the_page_is_up_to_date() -> None:
     assert generator.PAGE.read_text() == generator.page(), "run scripts/generate_reference.py"
+    assert generator.SECTIONS.read_text() == generator.sections_page(), "run scripts/generate_reference.py"
 
 
 def test_every_field_has_an_entry_with_an_example_that_sets_it() -> None:
@@ -44,6 +45,8 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "retain_best_metric": {"retain_best_k": 1},
     "retain_best_mode": {"retain_best_k": 1, "retain_best_metric": "loss"},
     "retain_iterations": {"most_recent_k": 1},
+    "mirror_required": {"mirror": "s3://mybucket/runs/mine"},
+    "staging_dir": {"save": "s3://mybucket/runs/mine"},
 }
 """What the example of a field stands beside."""
 
