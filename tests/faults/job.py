@@ -68,6 +68,8 @@ class Job:
             scheduler={"lr_decay_iters": 100, "lr_warmup_iters": 0},
             dataset={"mock": False, "path": str(self.data), "path_to_cache": str(self.data.parent / "cache")},
             checkpoint={**checkpoint, **self.checkpoint},
+            # Written by a thread, at moments that differ from run to run, and the calls of a job are counted.
+            logger={"checkpoint_events": False},
         )
 
     def announced(self) -> list[int]:

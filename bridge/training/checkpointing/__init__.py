@@ -46,6 +46,7 @@ from bridge.training.checkpointing.errors import (
     MemoryLimitError,
     NotACheckpointError,
     NotEnoughSpaceError,
+    ObjectStoreError,
     RankLostError,
 )
 from bridge.training.checkpointing.formats.fsdp_dtensor import (
@@ -116,6 +117,7 @@ __all__ = [
     "MemoryLimitError",
     "NotACheckpointError",
     "NotEnoughSpaceError",
+    "ObjectStoreError",
     "RankLostError",
     "_apply_glu_interleave_to_tensor_data",
     "_build_sharded_state_dict_metadata",

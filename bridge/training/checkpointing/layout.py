@@ -11,6 +11,9 @@
   SAVE_NOW                             put there by somebody who wants a checkpoint now
   .bridge-writer                       locked by the run that saves here
   .bridge-session                      what local and in-memory checkpoints of this run are known by
+  .bridge-uploader                     locked by the process that uploads from here
+  .bridge-events.jsonl                 what happened here, one event a line
+  .bridge-events.1.jsonl               the same, earlier
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ TEMPORARY_SUFFIX = ".bridge-tmp"
 WRITER = ".bridge-writer"
 SAVE_NOW = "SAVE_NOW"
 DAMAGED = ".bridge-damaged"
+EVENTS = ".bridge-events.jsonl"
+EARLIER_EVENTS = ".bridge-events.1.jsonl"
 
 TRACKER_PREFIX = "latest"
 TRACKER = f"{TRACKER_PREFIX}_train_state.pt"
@@ -37,6 +42,7 @@ RELEASE = "release"
 MANIFEST = "manifest.json"
 COMMON = "common.pt"
 PAYLOAD_METADATA = ".metadata"
+COMPACT_METADATA = ".metadata.bridge"
 MCORE_METADATA = "metadata.json"
 TRAIN_STATE = "train_state.pt"
 RUN_CONFIG = "run_config.yaml"
@@ -75,6 +81,13 @@ def new_saving_name(iteration: int) -> str:
 def new_trash_name(name: str) -> str:
     """A fresh name for a directory that is about to be deleted."""
     return f"{TRASH_PREFIX}{name.lstrip('.')}-{secrets.token_hex(4)}"
+
+
+def deleted_iteration(name: str) -> int | None:
+    """The iteration of a checkpoint that was renamed to `name` to be deleted; None for any other name."""
+    if _TRASH_NAME.fullmatch(name) is None:
+        return None
+    return parse_iteration_name(name[len(TRASH_PREFIX) :].rsplit("-", 1)[0])
 
 
 def staged_name(name: str) -> str | None:

@@ -7,6 +7,7 @@ never changes the configuration.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,18 @@ from bridge.training.checkpointing.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
 )
+from bridge.training.checkpointing.events.recording import Phases, record_in, resolved
 from bridge.training.checkpointing.fallback import Candidates, load_best
 from bridge.training.checkpointing.formats.registry import require_format
-from bridge.training.checkpointing.integrity import Level
 from bridge.training.checkpointing.layout import is_iteration_directory, list_checkpoints, parse_iteration_name
+from bridge.training.checkpointing.objects.loading import (
+    close_all,
+    find_in_mirror,
+    find_one,
+    find_sources,
+    open_source,
+)
+from bridge.training.checkpointing.objects.places import save_directory
 from bridge.training.checkpointing.parallel import default_pg_collection
 from bridge.training.checkpointing.plans.load_plan import Saved
 from bridge.training.checkpointing.preparing import prepare
@@ -33,6 +42,7 @@ from bridge.training.checkpointing.source import find_source
 from bridge.training.checkpointing.starts import Starts
 from bridge.training.checkpointing.stored import DirectoryCheckpoint, StoredCheckpoint
 from bridge.training.checkpointing.tiers import NonPersistentTier
+from bridge.training.object_url import is_url
 
 logger = logging.getLogger(__name__)
 
@@ -88,36 +98,68 @@ def load_checkpoint(
         state, model, optimizer, opt_param_scheduler, pg_collection or default_pg_collection(), module_name
     )
     context = {} if checkpointing_context is None else checkpointing_context
+    phases = Phases()
     preparation = None if cfg.save is None else prepare(cfg, context, live.groups, len(model), ranks)
+    if cfg.save is not None and ranks.is_first and state.cfg.logger.checkpoint_events:
+        record_in(state.events, save_directory(cfg))
     tier = None if preparation is None else preparation.tier
     candidates = _candidates(state.cfg, _continued(cfg, tier, ranks), ranks)
     if candidates.waiting:
+        state.events.emit(resolved(candidates.waiting[0]))
+        candidates.events, candidates.phases = state.events, phases
+        opened: list[StoredCheckpoint] = []
 
         def describe(source: Source) -> tuple[StoredCheckpoint, Saved]:
-            stored = _open(source, tier, cfg.integrity, ranks)
+            stored = _open(source, tier, cfg, ranks)
+            opened.append(stored)
             with _noticing_removal(source, ranks):
                 saved = stored.describe(ranks)
             if preparation is not None and source.kind != "persistent" and cfg.ckpt_step is None:
                 _reject_left_behind(source, saved, preparation.starts)
+            phases.end("examining")
             return stored, saved
 
         def restore_all(stored: StoredCheckpoint, saved: Saved) -> tuple[int, int]:
             model_only, metadata_only = "checkpoint.finetune is set" if cfg.finetune else "", skip_load_to_model_and_opt
-            with _noticing_removal(stored.source, ranks):
-                return restore(
-                    stored, saved, live, ranks, strict=strict, model_only=model_only, metadata_only=metadata_only
-                )
 
-        return load_best(candidates, describe, restore_all, ranks)
+            def begin() -> None:
+                candidates.begun = saved
+
+            with _noticing_removal(stored.source, ranks):
+                progress = restore(
+                    stored,
+                    saved,
+                    live,
+                    ranks,
+                    strict=strict,
+                    model_only=model_only,
+                    metadata_only=metadata_only,
+                    phases=phases,
+                    begin=begin,
+                )
+            state.resumed_start = _origin(cfg, stored.source, saved, ranks)
+            return progress
+
+        try:
+            progress = load_best(candidates, describe, restore_all, ranks)
+        finally:
+            close_all(opened)
+        if preparation is not None:
+            preparation.pace.resumed = time.monotonic()
+        return progress
+    if preparation is not None:
+        preparation.pace.resumed = time.monotonic()
     # With PEFT, setup has put the pretrained weights into the model before the adapters were added to it.
     if cfg.pretrained_checkpoint is not None and state.peft is None:
         return load_pretrained(live, ranks, strict=strict, metadata_only=skip_load_to_model_and_opt)
-    if cfg.load is None:
-        state.resumed_at = 0
-        return 0, 0
+    reason = "checkpoint.load is not set" if cfg.load is None else f"there is no checkpoint in {cfg.load}"
+    state.events.emit(resolved(None, reason))
     state.resumed_at = 0
+    state.begin_anew()
+    if cfg.load is None:
+        return 0, 0
     start = "FROM SCRATCH" if state.peft is None else "WITH FRESH ADAPTERS"
-    return _nothing_to_load(Path(cfg.load), start, cfg.exit_on_missing_checkpoint, ranks)
+    return _nothing_to_load(cfg.load, start, cfg.exit_on_missing_checkpoint, ranks)
 
 
 def load_checkpoint_from_path(
@@ -152,20 +194,25 @@ def load_checkpoint_from_path(
     allow(cfg.safe_globals)
     require_format(cfg.ckpt_format, ranks)
     step = None if ignore_ckpt_step else cfg.ckpt_step
-    path = Path(load_dir).expanduser()
-    stored = _require_checkpoint("looking for a checkpoint", path, step, "load_dir", cfg.integrity, ranks)
+    phases = Phases()
+    stored = _require_checkpoint("looking for a checkpoint", load_dir, step, "load_dir", cfg, ranks)
+    state.events.emit(resolved(stored.source))
     model_only = "only the model is taken from this path" if ignore_ckpt_step else ""
     if cfg.finetune:
         model_only = "checkpoint.finetune is set"
-    return restore(
-        stored,
-        stored.describe(ranks),
-        live,
-        ranks,
-        strict=strict,
-        model_only=model_only,
-        metadata_only=skip_load_to_model_and_opt,
-    )
+    try:
+        return restore(
+            stored,
+            _examined(stored, phases, ranks),
+            live,
+            ranks,
+            strict=strict,
+            model_only=model_only,
+            metadata_only=skip_load_to_model_and_opt,
+            phases=phases,
+        )
+    finally:
+        close_all([stored])
 
 
 def load_pretrained(
@@ -184,29 +231,42 @@ def load_pretrained(
     allow(cfg.safe_globals)
     require_format(cfg.ckpt_format, ranks)
     setting = "checkpoint.pretrained_checkpoint"
-    path = Path(cfg.pretrained_checkpoint).expanduser()
-    stored = _require_checkpoint("looking for the pretrained checkpoint", path, None, setting, cfg.integrity, ranks)
+    place, phases = cfg.pretrained_checkpoint, Phases()
+    stored = _require_checkpoint("looking for the pretrained checkpoint", place, None, setting, cfg, ranks)
+    live.state.events.emit(resolved(stored.source))
     return restore(
         stored,
-        stored.describe(ranks),
+        _examined(stored, phases, ranks),
         live,
         ranks,
         strict=strict,
         model_only="it is the pretrained checkpoint",
         metadata_only=metadata_only,
+        phases=phases,
     )
 
 
+def _examined(stored: StoredCheckpoint, phases: Phases, ranks: Ranks) -> Saved:
+    """What a checkpoint says about itself. Collective."""
+    saved = stored.describe(ranks)
+    phases.end("examining")
+    return saved
+
+
 def _require_checkpoint(
-    phase: str, path: Path, ckpt_step: int | None, setting: str, integrity: Level, ranks: Ranks
-) -> DirectoryCheckpoint:
+    phase: str, place: str, ckpt_step: int | None, setting: str, cfg: Any, ranks: Ranks
+) -> StoredCheckpoint:
+    path = Path(place).expanduser()
+
     def find() -> Source:
+        if is_url(place):
+            return find_one(cfg, place, ckpt_step, setting)
         source = find_source(path, ckpt_step, setting=setting)
         if source is None:
             raise CheckpointNotFoundError(f"{setting}: there is no checkpoint in {path}")
         return source
 
-    return DirectoryCheckpoint(ranks.first(phase, find), integrity)
+    return _open(ranks.first(phase, find), None, cfg, ranks)
 
 
 def _continued(cfg: Any, tier: NonPersistentTier | None, ranks: Ranks) -> NonPersistentTier | None:
@@ -216,9 +276,18 @@ def _continued(cfg: Any, tier: NonPersistentTier | None, ranks: Ranks) -> NonPer
 
     # Where paths lead may differ between machines, and what the ranks do next must not.
     def is_continued() -> bool:
-        return Path(cfg.load).expanduser().resolve() == Path(cfg.save).expanduser().resolve()
+        return _is_own(cfg)
 
     return tier if ranks.first("comparing checkpoint.load with checkpoint.save", is_continued) else None
+
+
+def _is_own(cfg: Any) -> bool:
+    """Whether the run loads from where it saves. Local."""
+    if cfg.load is None or cfg.save is None:
+        return False
+    if is_url(cfg.load) or is_url(cfg.save):
+        return bool(cfg.load.rstrip("/") == cfg.save.rstrip("/"))
+    return Path(cfg.load).expanduser().resolve() == Path(cfg.save).expanduser().resolve()
 
 
 @contextmanager
@@ -227,12 +296,28 @@ def _noticing_removal(source: Source, ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except CheckpointDamagedError as error:
-        if source.kind == "persistent" and ranks.first("looking for it again", lambda: not source.path.exists()):
+        is_directory = source.kind == "persistent" and not source.origin
+        if is_directory and ranks.first("looking for it again", lambda: not source.path.exists()):
             raise CheckpointError(
                 f"{source.path} was removed while it was being loaded, as by the retention of a run that saves there: "
                 "start again, or have that run keep it (docs/retention.md)"
             ) from error
         raise
+
+
+def _origin(cfg: Any, source: Source, saved: Saved, ranks: Ranks) -> tuple[str, int]:
+    """The save directory of the run, if a checkpoint is one of its own, and the number that it carries. Collective."""
+    if cfg.save is None:
+        return "", 0
+    save_dir = save_directory(cfg)
+
+    def is_own() -> bool:
+        if source.kind != "persistent" or source.origin:
+            return source.kind != "persistent" or _is_own(cfg)
+        return source.path.parent.resolve() == save_dir.resolve()
+
+    found_there = ranks.first("comparing the place of the checkpoint with checkpoint.save", is_own)
+    return (str(save_dir), saved.start) if found_there else ("", 0)
 
 
 def _reject_left_behind(source: Source, saved: Saved, starts: Starts) -> None:
@@ -249,61 +334,81 @@ def _candidates(cfg: Any, tier: NonPersistentTier | None, ranks: Ranks) -> Candi
     offers = [] if tier is None else tier.offers(ranks)
 
     def choose() -> tuple[list[Source], bool]:
-        found = _find_persistent(cfg, required=tier is None)
-        candidates = preference(found, offers, cfg.checkpoint.ckpt_step if cfg.checkpoint.load else None)
+        found, others = _find_persistent(cfg, required=tier is None)
+        candidates = preference(found, offers, cfg.checkpoint.ckpt_step if cfg.checkpoint.load else None) + others
+        if not candidates and cfg.checkpoint.mirror is not None and _is_own(cfg.checkpoint):
+            candidates = find_in_mirror(cfg.checkpoint)
         if cfg.checkpoint.save is not None and not offers:
             _warn_of_other_checkpoints(cfg.checkpoint, None if cfg.checkpoint.finetune else found.source)
         return candidates, _is_explicit(cfg.checkpoint)
 
     waiting, is_explicit = ranks.first("looking for a checkpoint", choose)
     fallback = cfg.checkpoint.fallback and not is_explicit
-    return Candidates(waiting, offers, fallback, None if save is None else Path(save).expanduser())
+    return Candidates(waiting, offers, fallback, None if save is None else save_directory(cfg.checkpoint))
 
 
 def _is_explicit(cfg: Any) -> bool:
     """Whether the settings name one checkpoint, in whose place no other will do."""
-    return cfg.ckpt_step is not None or (cfg.load is not None and is_iteration_directory(Path(cfg.load).expanduser()))
+    if cfg.load is None or cfg.ckpt_step is not None:
+        return cfg.ckpt_step is not None
+    if is_url(cfg.load):
+        return parse_iteration_name(cfg.load.rstrip("/").rpartition("/")[2]) is not None
+    return is_iteration_directory(Path(cfg.load).expanduser())
 
 
-def _find_persistent(cfg: Any, *, required: bool) -> Persistent:
-    """The persistent checkpoint; that it is absent is only an error where no other tier can have it."""
+def _find_persistent(cfg: Any, *, required: bool) -> tuple[Persistent, list[Source]]:
+    """The persistent checkpoint; that it is absent is only an error where no other tier can have it.
+
+    Returns:
+        It, and older ones that may stand in for it where they cannot be looked for later.
+    """
     if cfg.checkpoint.load is None:
-        return Persistent(None, 0)
+        return Persistent(None, 0), []
+    try:
+        found = find_sources(cfg.checkpoint) if is_url(cfg.checkpoint.load) else _find_in_directory(cfg)
+    except CheckpointNotFoundError as error:
+        if required:
+            raise
+        return Persistent(None, 0, str(error)), []
+    if not found:
+        return Persistent(None, 0), []
+    return Persistent(found[0], parse_iteration_name(found[0].path.name) or 0), found[1:]
+
+
+def _find_in_directory(cfg: Any) -> list[Source]:
     own_paths = (
-        cfg.checkpoint.save,
+        None if is_url(cfg.checkpoint.save) else cfg.checkpoint.save,
+        cfg.checkpoint.staging_dir,
         cfg.checkpoint.non_persistent_global_ckpt_dir,
         cfg.checkpoint.non_persistent_local_ckpt_dir,
         cfg.logger.metrics_path,
         cfg.dataset.path_to_cache,
     )
-    load_dir = Path(cfg.checkpoint.load).expanduser()
-    try:
-        source = find_source(
-            load_dir,
-            cfg.checkpoint.ckpt_step,
-            [Path(path).expanduser() for path in own_paths if path is not None],
-            check_trackers=cfg.checkpoint.integrity != "off",
-            fallback=cfg.checkpoint.fallback,
-        )
-    except CheckpointNotFoundError as error:
-        if required:
-            raise
-        return Persistent(None, 0, str(error))
-    iteration = None if source is None else parse_iteration_name(source.path.name)
-    return Persistent(source, iteration or 0)
+    source = find_source(
+        Path(cfg.checkpoint.load).expanduser(),
+        cfg.checkpoint.ckpt_step,
+        [Path(path).expanduser() for path in own_paths if path is not None],
+        check_trackers=cfg.checkpoint.integrity != "off",
+        fallback=cfg.checkpoint.fallback,
+    )
+    return [] if source is None else [source]
 
 
-def _open(source: Source, tier: NonPersistentTier | None, integrity: Level, ranks: Ranks) -> StoredCheckpoint:
+def _open(source: Source, tier: NonPersistentTier | None, cfg: Any, ranks: Ranks) -> StoredCheckpoint:
+    if source.origin:
+        return open_source(source, cfg, cfg.integrity)
     if tier is None or source.kind == "persistent":
-        return DirectoryCheckpoint(source, integrity)
+        return DirectoryCheckpoint(source, cfg.integrity)
     return tier.open(source, ranks)
 
 
 def _warn_of_other_checkpoints(cfg: Any, source: Source | None) -> None:
     """Say so if the saves will fall among another run's."""
-    save_dir = Path(cfg.save).expanduser()
+    save_dir = save_directory(cfg)
     iterations = list_checkpoints(save_dir).iterations
     if not iterations or (source is not None and source.path.resolve().parent == save_dir.resolve()):
+        return
+    if source is not None and source.origin and _is_own(cfg):
         return
     logger.warning(
         "SAVING AMONG THE CHECKPOINTS OF ANOTHER RUN: checkpoint.save (%s) already holds checkpoints, the newest of "
@@ -315,7 +420,7 @@ def _warn_of_other_checkpoints(cfg: Any, source: Source | None) -> None:
     )
 
 
-def _nothing_to_load(load_dir: Path, start: str, is_error: bool, ranks: Ranks) -> tuple[int, int]:
+def _nothing_to_load(load_dir: str, start: str, is_error: bool, ranks: Ranks) -> tuple[int, int]:
     if is_error:
         raise CheckpointNotFoundError(
             f"checkpoint.load: there is no checkpoint in {load_dir}, and checkpoint.exit_on_missing_checkpoint is set"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,15 @@ from bridge.training.checkpointing.contents.rng import reseed, rng_place, rng_te
 from bridge.training.checkpointing.contents.state_dict import RNG, generate_state_dict
 from bridge.training.checkpointing.contents.version import set_checkpoint_version
 from bridge.training.checkpointing.contents.vocabulary import vocabulary_size
+from bridge.training.checkpointing.events.recording import Phases, record_load
 from bridge.training.checkpointing.formats.read_choice import sharing_group
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.plans.adapters import adapters_of_run, other_base, require_adapters
 from bridge.training.checkpointing.plans.load_plan import LoadPlan, Saved, Wanted, plan_load
 from bridge.training.checkpointing.plans.random_states import request_rng
+from bridge.training.checkpointing.read_meter import bytes_read, bytes_wanted, shown
 from bridge.training.checkpointing.stored import StoredCheckpoint
+from bridge.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,8 @@ def restore(
     strict: bool = True,
     model_only: str = "",
     metadata_only: bool = False,
+    phases: Phases | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> tuple[int, int]:
     """Restore what the checkpoint has, the run wants, and the layout allows; log what became of each part.
 
@@ -70,6 +75,8 @@ def restore(
         strict: as in `torch.nn.Module.load_state_dict`.
         model_only: why nothing but the model is wanted; empty restores everything.
         metadata_only: read the counters and leave model, optimizer and random states alone.
+        phases: of this load, if it has begun before; what is done here is added to it.
+        begin: called before the first value is read that may go straight into the live state.
 
     Returns:
         The iteration and the FLOPs spent until then; (0, 0) with `model_only`.
@@ -77,21 +84,34 @@ def restore(
     Raises:
         CheckpointError: the checkpoint is damaged or does not fit. Every rank raises the same type.
     """
-    begun = time.monotonic()
+    phases, begun = phases or Phases(), bytes_read()
     source = stored.source
     if ranks.is_first:
-        logger.info("loading %s: %s", source.path, source.reason)
+        logger.info("loading %s: %s", source.place, source.reason)
     wanted = _wanted(live, model_only)
     plan = ranks.run("planning the load", lambda: _plan(source.path, saved, wanted))
     if metadata_only:
         ranks.run("restoring the train state", lambda: _apply_train_state(stored, saved, plan, live))
     else:
-        _read_and_apply(stored, saved, wanted, plan, live, ranks, strict)
-    live.state.loaded_from, live.state.loaded_kind = str(source.path), source.kind
+        _read_and_apply(stored, saved, wanted, plan, live, ranks, strict, phases, begin)
+    live.state.loaded_from, live.state.loaded_kind = source.place, source.kind
     live.state.resumed_at = live.state.train_state.step
+    if not model_only:
+        live.state.begin_anew()
+    phases.end("applying")
+    ended = bytes_read()
+    line = record_load(
+        live.state.events,
+        source.place,
+        saved.iteration,
+        source.kind,
+        phases,
+        checkpoint_format=saved.checkpoint_format,
+        total_bytes=saved.total_bytes,
+        bytes_read=None if begun is None or ended is None else ended - begun,
+    )
     if ranks.is_first:
-        seconds = time.monotonic() - begun
-        logger.info("loaded iteration %d from %s in %.2f s", saved.iteration, source.path, seconds)
+        logger.info("%s", line)
     train_state = live.state.train_state
     return train_state.step, train_state.floating_point_operations_so_far
 
@@ -136,6 +156,8 @@ def _read_and_apply(
     live: LiveState,
     ranks: Ranks,
     strict: bool,
+    phases: Phases,
+    begin: Callable[[], None],
 ) -> None:
     cfg = live.state.cfg.checkpoint
     request = request_rng(saved.rng, wanted.rng, rng_place(live.groups)) if plan.rng.restore else None
@@ -149,15 +171,20 @@ def _read_and_apply(
     if restores_rerun:
         template[RERUN] = rerun_template()
     iterator_state = ranks.run("reading the state of the data iterator", lambda: _iterator_state(stored, plan, live))
-    loaded = stored.load(
-        template,
-        ranks,
-        strictness=_strictness(cfg) if sharded else cfg.dist_ckpt_strictness,
-        parallelization_group=sharing_group(cfg.fully_parallel_load, live.groups.dp_cp),
-        # Ranks that take over one another's random states do not cover the saved object one to one.
-        validate_access=not plan.reseed_rng,
-        io_backend=cfg.io_backend,
-    )
+    phases.end("preparing")
+    begin()
+    progress = _progress(live.state.cfg.logger) if ranks.is_first else None
+    with shown(progress, f"reading {stored.source.path.name}", 0 if progress is None else bytes_wanted(template)):
+        loaded = stored.load(
+            template,
+            ranks,
+            strictness=_strictness(cfg) if sharded else cfg.dist_ckpt_strictness,
+            parallelization_group=sharing_group(cfg.fully_parallel_load, live.groups.dp_cp),
+            # Ranks that take over one another's random states do not cover the saved object one to one.
+            validate_access=not plan.reseed_rng,
+            io_backend=cfg.io_backend,
+        )
+    phases.end("reading")
 
     ranks.run(
         "applying the checkpoint",
@@ -185,6 +212,11 @@ def _read_and_apply(
     ranks.run("applying the checkpoint's counters and random states", apply_rest)
     if ranks.is_first:
         logger.info("parts of %s:\n%s", stored.source.path, plan.table())
+
+
+def _progress(cfg: Any) -> Progress:
+    """Shows what is read, unless the logger section asks for less than that."""
+    return Progress(quiet=not cfg.show_progress or cfg.log_level not in ("DEBUG", "INFO"), say=logger.info)
 
 
 def _template(saved: Saved, plan: LoadPlan, live: LiveState) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.disk import Estimate, SharedDirectory, require_local, state_bytes
-from bridge.training.checkpointing.retention.policies import MostRecent, policies_of
+from bridge.training.checkpointing.objects.places import directory_policies
+from bridge.training.checkpointing.retention.policies import MostRecent
 from bridge.training.checkpointing.retention.sweeper import needed_again
 from bridge.training.checkpointing.retention.trash import trash_of
 from bridge.training.checkpointing.tiers.global_directory import SETTING
@@ -22,7 +23,7 @@ def room_for(target: SaveTarget, state: Any, context: dict[str, Any]) -> SharedD
     if target.kind == "non_persistent_global":
         return SharedDirectory(target.save_dir, SETTING, (MostRecent(1),), trash_of(context))
     in_use = needed_again(cfg, state.loaded_from, state.base_checkpoint)
-    return SharedDirectory(target.save_dir, "checkpoint.save", policies_of(cfg), trash_of(context), in_use)
+    return SharedDirectory(target.save_dir, "checkpoint.save", directory_policies(cfg), trash_of(context), in_use)
 
 
 def has_room_for_recent_size(room: SharedDirectory | None) -> bool:

@@ -1,8 +1,8 @@
 """save_checkpoint: destination → contents → write → commit.
 
 Every phase is collective and ends in agreement, so a failure on one rank is the same error on all of
-them and nothing is published. An asynchronous save differs in two points only: the write runs in a
-forked process, and the commit runs when the queue finds it done.
+them and nothing is published. An asynchronous save differs in two points only: another process writes,
+from a copy or as a fork, and the commit runs when the queue finds it done.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
@@ -19,14 +18,18 @@ from bridge.training.callbacks import CallbackContext, CallbackManager, Checkpoi
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.collecting import LiveObjects
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError
+from bridge.training.checkpointing.events.recording import SaveRecord, record_in, record_retention
 from bridge.training.checkpointing.failures.attempting import attempt
-from bridge.training.checkpointing.failures.policy import FailurePolicy
+from bridge.training.checkpointing.failures.policy import LASTING, FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
+from bridge.training.checkpointing.io.background_writer import Patience
+from bridge.training.checkpointing.objects.places import directory_policies, save_directory
+from bridge.training.checkpointing.objects.run import not_uploaded, upload, wait_for_uploads
 from bridge.training.checkpointing.parallel import default_pg_collection
 from bridge.training.checkpointing.preparing import begin_to_save, prepare
 from bridge.training.checkpointing.queue import finish_saves, is_empty_async_queue, queue_of
 from bridge.training.checkpointing.resolve import NAMES
-from bridge.training.checkpointing.retention.policies import MostRecent, policies_of
+from bridge.training.checkpointing.retention.policies import MostRecent
 from bridge.training.checkpointing.retention.sweeper import needed_again, sweep_after_save
 from bridge.training.checkpointing.retention.trash import trash_of
 from bridge.training.checkpointing.save_plans import SaveJob, plan_save
@@ -36,6 +39,9 @@ from bridge.training.checkpointing.tiers.rank_local import RankLocalTier
 from bridge.training.checkpointing.transaction import Committed, SaveTarget, SaveTask
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE = 0.8
+"""The part of `checkpoint.wait_timeout_minutes` for which a background writer may wait for storage."""
 
 
 def save_checkpoint(
@@ -97,7 +103,25 @@ def save_checkpoint(
     preparation = prepare(cfg, context, groups, len(model), ranks)
     tier = preparation.tier
     target = _target(cfg, tier, state.train_state.step, non_persistent_ckpt)
-    earlier = _finish_earlier_saves(state) if target.kind != "in_memory" else None
+    waiting_since = time.monotonic()
+    earlier = _finish_earlier_saves(state, target) if target.kind != "in_memory" else None
+    waited = time.monotonic() - waiting_since
+    if target.kind != "in_memory" and not is_empty_async_queue(state):
+        if ranks.is_first:
+            logger.warning(
+                "the %s of iteration %d is skipped: the one before is still being written; set "
+                "checkpoint.async_when_busy to 'wait', or save less often",
+                NAMES[target.kind],
+                target.iteration,
+            )
+        if earlier is not None:
+            raise earlier
+        return
+    background = _in_background(cfg, target)
+    record = SaveRecord(
+        state.events, preparation.pace, target.iteration, target.kind, cfg.ckpt_format, started + waited, background
+    )
+    _begin_record(record, target, state, ranks)
     live = LiveObjects(
         state,
         model,
@@ -111,40 +135,47 @@ def save_checkpoint(
 
     def announce(committed: Committed) -> None:
         preparation.newest[committed.kind == "persistent"] = committed.iteration
+        record.committed(committed, speak=ranks.is_first)
         _announce(committed, state, model, optimizer, opt_param_scheduler, callback_manager)
         ranks.first("removing older checkpoints", lambda: _retain(committed, state, context))
 
-    job = SaveJob(
-        target,
-        tier,
-        live,
-        context,
-        announce,
-        started,
-        preparation.start,
-        prebuilt_state_dict,
-        preprocess_common_state_dict_fn,
-    )
-    # A caller that keeps no context goes on from its last save each time, as far as anybody can tell.
-    resumed = target.iteration if checkpointing_context is None or state.resumed_at is None else state.resumed_at
-
     def save() -> None:
-        begin_to_save(preparation, cfg, resumed, persistent=not non_persistent_ckpt, ranks=ranks)
-        task = plan_save(job, ranks)
+        task: SaveTask | None = None
+        not_in_place = ""
         try:
-            _carry_out(task, state, ranks)
-        except BaseException:
-            task.abandon()
+            if not non_persistent_ckpt:
+                not_in_place = wait_for_uploads(cfg, context, ranks)
+            start = begin_to_save(preparation, state, target.iteration, persistent=not non_persistent_ckpt, ranks=ranks)
+            job = SaveJob(
+                target,
+                tier,
+                live,
+                context,
+                announce,
+                started,
+                start,
+                prebuilt_state_dict,
+                preprocess_common_state_dict_fn,
+            )
+            task = plan_save(job, ranks)
+            _carry_out(task, state, ranks, record)
+        except BaseException as error:
+            record.failed(error, published=task is not None and task.published)
+            if task is not None:
+                task.abandon()
             raise
+        # After the save: the state would be nowhere if it was not made for that.
+        if not_in_place:
+            unwritten = finish_saves(state, cfg, blocking=True) if background else None
+            raise unwritten or CheckpointSaveError(not_in_place)
 
-    background = _in_background(cfg, target)
     attempt(save, state, persistent=not non_persistent_ckpt, background=background, earlier=earlier)
 
 
 def _target(cfg: Any, tier: NonPersistentTier | None, iteration: int, non_persistent: bool) -> SaveTarget:
     """Where this save goes."""
     if not non_persistent:
-        return SaveTarget(Path(cfg.save).expanduser(), iteration)
+        return SaveTarget(save_directory(cfg), iteration)
     if tier is None:
         raise CheckpointSaveError(
             "a non-persistent save was asked for and checkpoint.non_persistent_ckpt_type is not set; "
@@ -154,7 +185,14 @@ def _target(cfg: Any, tier: NonPersistentTier | None, iteration: int, non_persis
     return SaveTarget(directory, iteration, tier.kind)
 
 
-def _carry_out(save: SaveTask, state: Any, ranks: Ranks) -> None:
+def _begin_record(record: SaveRecord, target: SaveTarget, state: Any, ranks: Ranks) -> None:
+    """Emit that the save begins; the directory is claimed by now, so its file of events is this run's."""
+    if ranks.is_first and state.cfg.logger.checkpoint_events:
+        record_in(state.events, save_directory(state.cfg.checkpoint))
+    record.begun(target.save_dir)
+
+
+def _carry_out(save: SaveTask, state: Any, ranks: Ranks, record: SaveRecord) -> None:
     """Write and publish a planned save, or with `async_save` start the writing and leave the rest to the queue."""
     label = f"the {NAMES[save.target.kind]} of iteration {save.target.iteration}"
     policy = FailurePolicy.of(state.cfg.checkpoint)
@@ -162,21 +200,32 @@ def _carry_out(save: SaveTask, state: Any, ranks: Ranks) -> None:
     def write() -> Any:
         return with_retries(f"writing {label}", save.write, policy, ranks.rank)
 
-    if not _in_background(state.cfg.checkpoint, save.target):
-        save.accept(ranks.run(f"writing {label}", write))
+    def accept(report: Any) -> None:
+        record.written()
+        save.accept(report)
+
+    if not record.background:
+        record.captured()
+        accept(ranks.run(f"writing {label}", write))
         save.publish()
         return
+    cfg = state.cfg.checkpoint
+    # Before the other ranks, which may be waiting for this one, give it up.
+    storage_seconds = _PATIENCE * 60.0 * cfg.wait_timeout_minutes
+    patience = Patience(cfg.writer_stall_seconds, storage_seconds, policy.waits, tuple(LASTING))
     queue_of(state).schedule(
         AsyncRequest(write, (), [save.publish]),
         label,
-        receive=save.accept,
+        receive=accept,
         abandon=save.abandon,
         persistent=save.target.kind == "persistent",
-        stall_seconds=state.cfg.checkpoint.writer_stall_seconds,
+        stall_seconds=cfg.writer_stall_seconds,
+        storage_seconds=storage_seconds,
+        failed=lambda error: record.failed(error, published=save.published),
+        halted=record.halted,
+        start=lambda name: save.begin(name, patience),
     )
-    if ranks.is_first:
-        stall = time.monotonic() - save.started
-        logger.info("capturing %s held up training for %.2f s; writing it in the background", label, stall)
+    record.captured()
 
 
 def _in_background(cfg: Any, target: SaveTarget) -> bool:
@@ -185,14 +234,22 @@ def _in_background(cfg: Any, target: SaveTarget) -> bool:
     return bool(cfg.async_save) and target.kind != "in_memory"
 
 
-def _finish_earlier_saves(state: Any) -> CheckpointError | None:
+def _finish_earlier_saves(state: Any, target: SaveTarget) -> CheckpointError | None:
     """One save at a time: the earlier one's checkpoint is published before the next is captured.
+
+    With `async_when_busy: skip` it may be left under way, and then there is no next one. A persistent save is not
+    skipped for the sake of a non-persistent one.
 
     Returns:
         Its failure, if that is to be raised.
     """
+    skips = state.cfg.checkpoint.async_when_busy == "skip"
     if is_empty_async_queue(state):
         return None
+    if skips and (target.kind != "persistent" or queue_of(state).has_persistent):
+        failed = finish_saves(state, state.cfg.checkpoint, blocking=False)
+        if failed is not None or not is_empty_async_queue(state):
+            return failed
     begun = time.monotonic()
     failed = finish_saves(state, state.cfg.checkpoint, blocking=True)
     waited = time.monotonic() - begun
@@ -209,9 +266,15 @@ def _retain(committed: Committed, state: Any, context: dict[str, Any]) -> None:
     cfg, trash = state.cfg.checkpoint, trash_of(context)
     if committed.kind == "persistent":
         in_use = needed_again(cfg, state.loaded_from, state.base_checkpoint)
-        sweep_after_save(committed.path.parent, committed.iteration, policies_of(cfg), trash, in_use)
+        upload(committed.iteration, context, in_use)
+        in_use += not_uploaded(cfg, context)
+        swept = sweep_after_save(committed.path.parent, committed.iteration, directory_policies(cfg), trash, in_use)
     elif committed.kind == "non_persistent_global":
-        sweep_after_save(committed.path.parent, committed.iteration, (MostRecent(1),), trash)
+        swept = sweep_after_save(committed.path.parent, committed.iteration, (MostRecent(1),), trash)
+    else:
+        return
+    if swept is not None:
+        record_retention(state.events, committed.path.parent, committed.iteration, committed.kind, swept)
 
 
 def _announce(
@@ -222,16 +285,7 @@ def _announce(
     scheduler: Any | None,
     callback_manager: CallbackManager | None,
 ) -> None:
-    """Log and call back. The checkpoint is published: nothing that fails here may undo or hide that."""
-    if Ranks.current().is_first:
-        logger.info(
-            "saved the %s of iteration %d to %s: %.1f MiB in %.2f s",
-            NAMES[committed.kind],
-            committed.iteration,
-            committed.path,
-            committed.total_bytes / 2**20,
-            committed.seconds,
-        )
+    """Call back. The checkpoint is published: nothing that fails here may undo or hide that."""
     if callback_manager is None:
         return
     info = CheckpointInfo(committed.path, committed.iteration, committed.kind)

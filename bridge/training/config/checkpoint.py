@@ -17,7 +17,8 @@ class CheckpointConfig:
     """
 
     save: str | None = None
-    """Directory that receives the checkpoints; None saves nothing."""
+    """Directory that receives the checkpoints, or place in object storage as `s3://bucket/prefix`; None saves
+    nothing."""
 
     save_interval: int | None = None
     """Iterations between persistent saves. None saves at the end only, 0 not even then."""
@@ -39,6 +40,10 @@ class CheckpointConfig:
 
     async_save: bool = False
     """Whether training goes on while a checkpoint is written. Needs `save` and the format `torch_dist`."""
+
+    async_when_busy: Literal["wait", "skip"] = "wait"
+    """What becomes of a save that is due while the one before is still being written: `wait` lets training wait for
+    it, `skip` leaves the new one out, with a warning. The last save of a run always waits."""
 
     on_save_failure: Literal["raise", "warn"] = "raise"
     """What follows a failed save: `raise` ends the run with the error, `warn` logs it and lets training go on."""
@@ -66,7 +71,8 @@ class CheckpointConfig:
     """Seconds after which a background writer that neither computes nor writes is ended, and its save has failed."""
 
     load: str | None = None
-    """Directory of checkpoints to start from: the base directory, not an `iter_N` inside it."""
+    """Directory of checkpoints to start from, or place in object storage: the base directory, not an `iter_N` inside
+    it."""
 
     integrity: Literal["off", "sizes", "full"] = "sizes"
     """What is checked before a checkpoint is loaded: `sizes` compares the sizes of all files, the contents of the small
@@ -121,8 +127,8 @@ class CheckpointConfig:
     megatron-core, or the dotted path of one."""
 
     io_backend: Literal["direct", "stock"] = "direct"
-    """Who reads `torch_dist` and `fsdp_dtensor` files: `direct` reads tensors straight into place, `stock` leaves it
-    to torch's reader. The files are the same."""
+    """Who reads and writes `torch_dist` and `fsdp_dtensor` files: `direct` moves tensors straight between memory and
+    files, `stock` leaves it to torch. Both read each other's files."""
 
     fully_parallel_save: bool = True
     """Whether data-parallel ranks share the writing."""
@@ -131,9 +137,9 @@ class CheckpointConfig:
     """Whether data-parallel ranks share the reading and exchange what they read; `auto` measures and chooses."""
 
     ckpt_assume_constant_structure: bool = False
-    """Whether a save reuses the plan of the one before it, if what is saved has the same structure on all ranks.
+    """Whether it is worth a warning that what is saved has another structure than in the save before.
 
-    That is checked at every save."""
+    A save reuses the plan of the one before it in any case, if nothing has changed on any rank, and that is checked."""
 
     storage_writers_per_rank: int = 1
     """Files that each rank writes at the same time."""
@@ -201,6 +207,26 @@ class CheckpointConfig:
 
     distrib_optim_fully_reshardable_mem_efficient: bool = False
     """Whether a fully reshardable save and load spare memory at the cost of time."""
+
+    mirror: str | None = None
+    """Place in object storage, as `s3://bucket/prefix`, that every persistent checkpoint is copied to in the background
+    once it is published in `save`."""
+
+    mirror_required: bool = False
+    """Whether copies that cannot be made count as failed saves; otherwise they are tried again, and never end a run."""
+
+    staging_dir: str | None = None
+    """Directory, the same for all ranks, where a checkpoint is written before it is uploaded. For a `save` in object
+    storage, as `s3://bucket/prefix`."""
+
+    staging_keep: int = 2
+    """Checkpoints that stay in `staging_dir`, the newest first."""
+
+    upload_threads: int = 4
+    """Requests to object storage at the same time; each has up to 32 MiB in memory."""
+
+    upload_wait_minutes: float = 30.0
+    """Minutes that the planned end of a run waits for uploads under way."""
 
     custom_manager_class: str | None = None
     """Dotted path of a class that implements the `CheckpointManager` protocol; None is the built-in one."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge.training.config.object_storage_rules import object_storage_rules
 from bridge.training.config.schema import Violation, at_least, multiple_of, show
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def checkpoint_rules(checkpoint: CheckpointConfig) -> Iterator[Violation]:
     yield from _non_persistent_rules(checkpoint)
     yield from _in_memory_rules(checkpoint)
     yield from _replication_rules(checkpoint)
+    yield from object_storage_rules(checkpoint)
     path = checkpoint.custom_manager_class
     if path is not None and not _DOTTED_PATH.fullmatch(path):
         yield Violation(

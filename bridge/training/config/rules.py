@@ -329,6 +329,50 @@ def run_rules(rng: RNGConfig, dist: DistributedInitConfig, logger: LoggerConfig)
     yield from at_least("logger", logger, 1, "log_interval")
 
 
+_SINKS: dict[str, tuple[str, ...]] = {
+    "wandb_project": ("wandb_exp_name", "wandb_entity", "wandb_save_dir"),
+    "mlflow_experiment": ("mlflow_run_name", "mlflow_tracking_uri", "mlflow_tags"),
+    "comet_project": ("comet_experiment_name", "comet_workspace", "comet_tags", "comet_offline_dir"),
+}
+"""The settings that mean something only with another one."""
+
+
+def event_rules(logger: LoggerConfig) -> Iterator[Violation]:
+    """Where events are brought to."""
+    for needed, fields in _SINKS.items():
+        for field in fields:
+            value = getattr(logger, field)
+            if value is not None and getattr(logger, needed) is None:
+                yield Violation(
+                    f"logger.{field}", value, f"has no effect without logger.{needed}", "set that, or leave this out"
+                )
+    yield from _without_credentials(
+        "mlflow_tracking_uri",
+        logger.mlflow_tracking_uri,
+        "give them in the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN; "
+        "for a database, leave this out and give the whole address as MLFLOW_TRACKING_URI",
+    )
+    yield from _without_credentials(
+        "otlp_endpoint", logger.otlp_endpoint, "give them as a header in the environment: OTEL_EXPORTER_OTLP_HEADERS"
+    )
+    if logger.otlp_endpoint is not None and not logger.otlp_endpoint.startswith(("http://", "https://")):
+        yield Violation(
+            "logger.otlp_endpoint",
+            logger.otlp_endpoint,
+            "is no URL of a collector",
+            "set it to one, as in 'http://localhost:4318'",
+        )
+
+
+def _without_credentials(field: str, url: str | None, remedy: str) -> Iterator[Violation]:
+    """The configuration is copied into every checkpoint."""
+    scheme, mark, rest = (url or "").partition("://")
+    credentials, at, place = rest.partition("/")[0].rpartition("@")
+    if mark and at and credentials:
+        path = rest[len(credentials) + 1 + len(place) :]
+        yield Violation(f"logger.{field}", f"{scheme}://***@{place}{path}", "holds credentials", remedy)
+
+
 def _positive(name: str, section: object, *fields: str) -> Iterator[Violation]:
     for field in fields:
         value = getattr(section, field)

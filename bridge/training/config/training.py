@@ -56,6 +56,9 @@ class DistributedInitConfig:
     distributed_timeout_minutes: int = 10
     """Minutes after which a collective that some rank never joined fails."""
 
+    use_torch_fsdp2: bool = False
+    """Whether torch FSDP2 shards the model over the data-parallel ranks."""
+
 
 @dataclass(kw_only=True)
 class RerunStateMachineConfig:
@@ -83,3 +86,54 @@ class LoggerConfig:
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
+
+    checkpoint_events: bool = True
+    """Whether what happens to checkpoints is kept in `checkpoint.save`, in the file `.bridge-events.jsonl`."""
+
+    show_progress: bool = True
+    """Whether rank 0 shows how far a long load is: as a bar on a terminal, as lines of level INFO otherwise."""
+
+    tensorboard_dir: str | None = None
+    """Directory that TensorBoard shows, for checkpoint events; None writes nothing for it."""
+
+    wandb_project: str | None = None
+    """Project of Weights & Biases; None sends nothing there."""
+
+    wandb_exp_name: str | None = None
+    """Name of the run in `wandb_project`; None leaves it to Weights & Biases."""
+
+    wandb_entity: str | None = None
+    """User or team of `wandb_project`."""
+
+    wandb_save_dir: str | None = None
+    """Directory in which Weights & Biases keeps its files; None is the working directory."""
+
+    mlflow_experiment: str | None = None
+    """Experiment of MLflow, made if it does not exist; None sends nothing there."""
+
+    mlflow_run_name: str | None = None
+    """Name of the run in `mlflow_experiment`; None leaves it to MLflow."""
+
+    mlflow_tracking_uri: str | None = None
+    """Where MLflow keeps its runs; None is MLflow's own setting."""
+
+    mlflow_tags: dict[str, str] | None = None
+    """Tags of the run in `mlflow_experiment`."""
+
+    comet_project: str | None = None
+    """Project of Comet; None sends nothing there. The key is taken from `COMET_API_KEY`."""
+
+    comet_experiment_name: str | None = None
+    """Name of the experiment in `comet_project`; None leaves it to Comet."""
+
+    comet_workspace: str | None = None
+    """Workspace of `comet_project`."""
+
+    comet_tags: list[str] | None = None
+    """Tags of the experiment in `comet_project`."""
+
+    comet_offline_dir: str | None = None
+    """Directory for the experiment's files, instead of sending it to Comet."""
+
+    otlp_endpoint: str | None = None
+    """URL of an OpenTelemetry collector, which gets saves and loads as spans over HTTP; None sends none."""

@@ -20,6 +20,7 @@ from bridge.training.config.schema import (
     section_type,
     show,
 )
+from bridge.training.config.torch_fsdp2_rules import torch_fsdp2_rules
 
 if TYPE_CHECKING:
     from bridge.training.config.checkpoint import CheckpointConfig
@@ -41,10 +42,12 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("dataset",), rules.dataset_rules),
     (("tokenizer",), rules.tokenizer_rules),
     (("rng", "dist", "logger"), rules.run_rules),
+    (("logger",), rules.event_rules),
     (("rerun_state_machine",), rules.rerun_rules),
     (("checkpoint",), checkpoint_rules),
     (("checkpoint",), fsdp_checkpoint_rules),
     (("ddp", "model", "checkpoint", "peft", "rerun_state_machine"), fsdp_rules),
+    (("dist", "ddp", "model", "checkpoint"), torch_fsdp2_rules),
     (("peft", "checkpoint"), peft_rules),
 )
 """Every rule with the sections that it reads, in the order in which violations are reported."""

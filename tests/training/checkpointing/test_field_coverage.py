@@ -11,6 +11,7 @@ from bridge.training.config import CheckpointConfig
 from bridge.training.config.availability import NOT_AVAILABLE
 from tests.distributed.launch import run_ranks
 from tests.training import fsdp
+from tests.training.checkpointing.objects.store import running_server
 from tests.training.tiny import run_to_end, tiny_config
 
 FIELDS = {field.name for field in fields(CheckpointConfig)}
@@ -67,4 +68,8 @@ def test_every_available_field_is_read_by_what_it_controls(tmp_path: Path) -> No
     sharded = {"save": str(tmp_path / "sharded"), "ckpt_format": "fsdp_dtensor", "megatron_fsdp": True}
     read |= fields_read_by_a_run(**sharded)
     read |= fields_read_by_a_run(load=sharded["save"], strict_fsdp_dtensor_load=True, **sharded)
+    with running_server() as server:
+        url = f"s3://{server.bucket()}/run"
+        read |= fields_read_by_a_run(save=url, load=url, staging_dir=str(tmp_path / "staging"))
+        read |= fields_read_by_a_run(save=str(tmp_path / "mirrored"), mirror=url, mirror_required=True)
     assert read >= CARRIED_OUT, sorted(CARRIED_OUT - read)

@@ -37,6 +37,8 @@ def test_listing_sorts_names_into_what_they_are(tmp_path: Path) -> None:
         ".nfs000000000123",
         ".gitkeep",
         ".bridge-writer",
+        ".bridge-events.jsonl",
+        ".bridge-events.1.jsonl",
         ".trash-1000",
         ".trash-a-xyz",
     ]
@@ -56,7 +58,7 @@ def test_listing_sorts_names_into_what_they_are(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [layout.new_saving_name(5), "iter_0000005", "release", "a-b"])
+@pytest.mark.parametrize("name", [layout.new_saving_name(5), "iter_0000005", "release", "a-b"], ids=range(4))
 def test_every_trash_name_that_is_made_is_recognised(name: str) -> None:
     assert layout.is_leftover(layout.new_trash_name(name))
 

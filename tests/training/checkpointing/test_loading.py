@@ -109,7 +109,7 @@ def test_a_save_directory_is_ready_when_a_run_has_started(saved: Path, tmp_path:
     directory = {"nothing": None, "a checkpoint": str(saved), "the directory above": str(tmp_path)}[load]
     found = run_ranks(start, 2, tiny_config(train_iters=4, checkpoint={"save": str(save), "load": directory}))
     assert found == [("started", 4 if load == "a checkpoint" else 0)] * 2
-    assert [path.name for path in save.iterdir()] == [".bridge-writer"]
+    assert {path.name for path in save.iterdir()} == {".bridge-writer", ".bridge-events.jsonl"}
 
 
 def test_a_save_directory_that_cannot_be_used_stops_every_rank_at_the_start(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from bridge.peft import LoRA
 from bridge.training.checkpointing import CheckpointSaveContext, save_checkpoint
 from bridge.training.checkpointing.contents.peft import apply_peft_adapter_filter_to_state_dict
 from bridge.training.checkpointing.errors import CheckpointMismatchError
+from bridge.training.checkpointing.events.file import read_events
+from bridge.training.checkpointing.events.kinds import CheckpointLoaded
 from bridge.training.checkpointing.plans.adapters import Adapters, other_base, require_adapters, saved_adapters
 from bridge.training.config import ConfigContainer, LoRAConfig
 from bridge.training.setup import setup
@@ -121,6 +123,10 @@ def test_resume_is_bitwise(base: Callable[[str], Path], tmp_path: Path, name: st
         assert found[rank]["loaded from"] == str(save / "iter_0000002")
         assert found[rank]["started at"] == 2
         assert found[rank]["digests"] == expected[rank]["digests"]
+    # The base is loaded before there is a file of events to tell of it.
+    told = [event.path for event in read_events(save).events if isinstance(event, CheckpointLoaded)]
+    base_model = str(base(kind) / "iter_0000002")
+    assert told == [base_model, base_model, str(save / "iter_0000002")]
 
 
 def test_recomputation_changes_nothing(base: Callable[[str], Path]) -> None:

@@ -21,7 +21,15 @@ from tests.distributed.launch import run_ranks
 from tests.training.tiny import run_to_end, tiny_config
 
 RANK_FILES = {"__0_0.distcp", "__1_0.distcp"}
-COMMON_FILES = {".metadata", "common.pt", "manifest.json", "metadata.json", "run_config.yaml", "train_state.pt"}
+COMMON_FILES = {
+    ".metadata",
+    ".metadata.bridge",
+    "common.pt",
+    "manifest.json",
+    "metadata.json",
+    "run_config.yaml",
+    "train_state.pt",
+}
 
 
 def files_in(path: Path) -> set[str]:
@@ -53,6 +61,8 @@ def test_a_checkpoint_has_exactly_the_documented_files(tmp_path: Path, mode: str
         "latest_train_state.pt",
         "latest_checkpointed_iteration.txt",
         ".bridge-writer",
+        ".bridge-starts",
+        ".bridge-events.jsonl",
     }
     data = {f"dataloader_state/train_dataloader_dprank{rank:03d}.pt" for rank in (0, 1)}
     assert files_in(iteration) == COMMON_FILES | RANK_FILES | data
@@ -125,6 +135,8 @@ def test_one_rank_that_fails_fails_the_save_on_all_and_harms_nothing(tmp_path: P
         "latest_train_state.pt",
         "latest_checkpointed_iteration.txt",
         ".bridge-writer",
+        ".bridge-starts",
+        ".bridge-events.jsonl",
     }
 
 
@@ -171,11 +183,11 @@ def test_a_rank_that_fails_before_a_collective_leaves_no_other_waiting_in_it(tmp
     first, second = run_ranks(break_and_mend, 2, cfg, timeout=60)
     assert first == second
     unpicklable = first.pop("unpicklable")
-    assert unpicklable.startswith("CheckpointError: serializing the common state failed on rank 0: ")
+    assert unpicklable.startswith("CheckpointError: preparing the sharded state failed on rank 0: ")
     assert first == {
         "model": "CheckpointError: collecting the model's state failed on rank 1: ValueError: broken",
         "scheduler": "CheckpointError: collecting the optimizer's state failed on rank 1: ValueError: broken",
-        "comparison": "CheckpointError: preparing the common state for comparison failed on rank 1: ValueError: broken",
+        "comparison": "CheckpointError: preparing the sharded state failed on rank 1: ValueError: broken",
         "nothing": "saved",
     }
     assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == ["iter_0000004"]

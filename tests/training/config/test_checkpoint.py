@@ -84,7 +84,14 @@ FURTHER: dict[str, tuple[Any, Any]] = {
     "safe_globals": (list[str] | None, None),
     "storage_writers_per_rank": (int, 1),
     "io_backend": (Literal["direct", "stock"], "direct"),
+    "async_when_busy": (Literal["wait", "skip"], "wait"),
     "strict_fsdp_dtensor_load": (bool, False),
+    "mirror": (str | None, None),
+    "mirror_required": (bool, False),
+    "staging_dir": (str | None, None),
+    "staging_keep": (int, 2),
+    "upload_threads": (int, 4),
+    "upload_wait_minutes": (float, 30.0),
 }
 """Fields that the guide's tables do not have."""
 
@@ -100,11 +107,12 @@ CARRIED_OUT = {
     *("dist_ckpt_optim_fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient"),
     *("in_memory_limit_gib", "in_memory_release_minutes"),
     *("ckpt_assume_constant_structure", "fully_parallel_save", "fully_parallel_load"),
-    *("storage_writers_per_rank", "io_backend", "custom_manager_class"),
+    *("storage_writers_per_rank", "io_backend", "async_when_busy", "custom_manager_class"),
     *("non_persistent_save_interval", "non_persistent_ckpt_type", "non_persistent_global_ckpt_dir"),
     *("non_persistent_local_ckpt_dir", "non_persistent_local_ckpt_algo"),
     *("replication", "replication_jump", "replication_factor"),
     *("ckpt_format", "strict_fsdp_dtensor_load"),
+    *("mirror", "mirror_required", "staging_dir", "staging_keep", "upload_threads", "upload_wait_minutes"),
 }
 
 
@@ -278,6 +286,38 @@ RULES: list[tuple[dict[str, Any], list[str]]] = [
         [
             "checkpoint.retain_iterations: [10] has no effect where everything is kept; "
             "set checkpoint.most_recent_k, for one, or leave this at null"
+        ],
+    ),
+    ({"save": "c", "load": "s3://bucket/runs/1", "mirror": "s3://bucket", "mirror_required": True}, []),
+    ({"save": "s3://bucket/runs/1", "staging_dir": "c", "staging_keep": 1}, []),
+    (
+        {"save": "s3://bucket/runs", "load": "gs://bucket/runs"},
+        [
+            "checkpoint.load: 'gs://bucket/runs' does not begin with s3://, the only scheme of object storage that "
+            "there is; write s3://bucket/prefix",
+            "checkpoint.save: 's3://bucket/runs' needs a directory to write to first; set checkpoint.staging_dir to "
+            "one that all ranks share",
+        ],
+    ),
+    (
+        {"save": "c", "mirror": "s3://key:secret@bucket/runs", "staging_dir": "d"},
+        [
+            "checkpoint.mirror: 's3://…@bucket/runs' holds credentials; give them as AWS tools take them, in the "
+            "environment or in ~/.aws/credentials; write s3://bucket/prefix",
+            "checkpoint.staging_dir: 'd' has no effect where checkpoint.save is no URL; set checkpoint.save to one, or "
+            "leave this at null",
+        ],
+    ),
+    (
+        {"mirror": "bucket", "upload_threads": 0, "upload_wait_minutes": 0.0, "pretrained_checkpoint": "s3://b/c"},
+        [
+            "checkpoint.upload_threads: 0 is too small; set it to 1 or more",
+            "checkpoint.upload_wait_minutes: 0.0 is too small; set it to a number above 0",
+            "checkpoint.mirror: 'bucket' does not begin with s3://, the only scheme of object storage that there is; "
+            "write s3://bucket/prefix",
+            "checkpoint.pretrained_checkpoint: 's3://b/c' is a URL, and only a directory will do; name a directory",
+            "checkpoint.mirror: 'bucket' has nothing to copy without checkpoint.save; set checkpoint.save to a "
+            "directory, or mirror to null",
         ],
     ),
     ({"custom_manager_class": "mypackage.checkpoint.MyCheckpointManager"}, []),

@@ -392,6 +392,34 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ),
     ({"dist.backend": "mpi"}, "dist.backend: 'mpi' is not valid; set it to 'nccl' or 'gloo' or null"),
     ({"logger.log_interval": 0}, "logger.log_interval: 0 is too small; set it to 1 or more"),
+    (
+        {"logger.wandb_exp_name": "first"},
+        "logger.wandb_exp_name: 'first' has no effect without logger.wandb_project; set that, or leave this out",
+    ),
+    (
+        {"logger.mlflow_tags": {"team": "a"}},
+        "logger.mlflow_tags: {'team': 'a'} has no effect without logger.mlflow_experiment; set that, or leave this out",
+    ),
+    (
+        {"logger.comet_offline_dir": "runs/comet"},
+        "logger.comet_offline_dir: 'runs/comet' has no effect without logger.comet_project; set that, or leave this "
+        "out",
+    ),
+    (
+        {"logger.otlp_endpoint": "localhost:4318"},
+        "logger.otlp_endpoint: 'localhost:4318' is no URL of a collector; set it to one, as in 'http://localhost:4318'",
+    ),
+    (
+        {"logger.otlp_endpoint": "https://bob:secret@otel.example/v1/traces"},
+        "logger.otlp_endpoint: 'https://***@otel.example/v1/traces' holds credentials; "
+        "give them as a header in the environment: OTEL_EXPORTER_OTLP_HEADERS",
+    ),
+    (
+        {"logger.mlflow_experiment": "mine", "logger.mlflow_tracking_uri": "https://bob:secret@mlflow.example"},
+        "logger.mlflow_tracking_uri: 'https://***@mlflow.example' holds credentials; give them in the environment: "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN; for a database, leave this "
+        "out and give the whole address as MLFLOW_TRACKING_URI",
+    ),
     # checkpoint rules reach the container
     (
         {"checkpoint.ckpt_step": 3},

@@ -50,6 +50,11 @@ class FailurePolicy:
         cfg = checkpoint_config
         return cls(cfg.on_save_failure, cfg.max_save_failures, cfg.save_retries, cfg.save_retry_seconds)
 
+    @property
+    def waits(self) -> tuple[float, ...]:
+        """Seconds to wait before each further try."""
+        return tuple(retry_wait(self.retry_seconds, retry) for retry in range(1, self.retries + 1))
+
     def goes_on(self, error: CheckpointError, failures: int) -> bool:
         """Whether training goes on after a failed save.
 

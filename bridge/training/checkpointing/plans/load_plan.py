@@ -42,6 +42,10 @@ class Saved:
     """Whether it was saved to run a step again."""
     start: int = 0
     """Number of the run's start that saved it; 0 where nobody counts."""
+    checkpoint_format: str | None = None
+    """As its manifest says it, for the log."""
+    total_bytes: int | None = None
+    """Of all its files; None where no manifest says it."""
 
     @property
     def rng(self) -> RngLayout:

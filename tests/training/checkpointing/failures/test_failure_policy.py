@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -227,9 +229,11 @@ def test_ranks_agree_on_whether_storage_failed() -> None:
 
 
 def limit_files(size: int | None) -> None:
-    """From now on this process, and those that it forks, cannot write files larger than `size` bytes."""
+    """From now on this process, its background writer and what it forks cannot write files larger than `size` bytes."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
+    for process in [psutil.Process(), *psutil.Process().children()]:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
 
 
 def outcome_of(action: Callable[[], Any]) -> str:
@@ -266,7 +270,7 @@ def iterations_in(path: Path) -> list[int]:
 
 
 def leftovers_in(path: Path) -> list[str]:
-    known = {".bridge-writer", ".bridge-session"}
+    known = {".bridge-writer", ".bridge-session", ".bridge-starts", ".bridge-events.jsonl"}
     return sorted(entry.name for entry in path.glob(".*") if entry.name not in known)
 
 
