@@ -123,6 +123,7 @@ def is_like(name: str, *documented: str) -> bool:
         (".NAME.bridge-tmp", f".{layout.TRACKER}{layout.TEMPORARY_SUFFIX}"),
         ("dataloader_state/…", layout.dataloader_state_name(1234)),
     ],
+    ids=range(7),
 )
 def test_the_grammar_is_that_of_the_names_that_are_made(documented: str, name: str) -> None:
     assert is_like(name, documented)
