@@ -39,9 +39,10 @@ def test_recipe_is_valid(name: str, world_size: int) -> None:
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_preset_fits_every_recipe(name: str, preset: Path) -> None:
-    config = load(name, [preset], PATHS)
+    paths = [] if preset.stem == "object_storage" else PATHS  # which says where, as no other preset does
+    config = load(name, [preset], paths)
     config.validate(RECIPES[name])
-    assert config.checkpoint != load(name, [], PATHS).checkpoint or preset.stem == "sync"
+    assert config.checkpoint != load(name, [], paths).checkpoint or preset.stem == "sync"
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)

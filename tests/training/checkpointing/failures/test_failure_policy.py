@@ -390,7 +390,8 @@ def lose_writers(cfg: ConfigContainer) -> dict[str, Any]:
 
 
 def test_a_writer_that_dies_is_a_failed_save_like_any_other(tmp_path: Path) -> None:
-    cfg = config(tmp_path, on_save_failure="warn", async_save=True)
+    # A fork writes, which can be held up; the direct writer's own tests end that.
+    cfg = config(tmp_path, on_save_failure="warn", async_save=True, io_backend="stock")
     message = (
         "CheckpointSaveError: writing the persistent checkpoint of iteration 2 failed on rank 1: the process of the "
         "background writer of the persistent checkpoint of iteration 2 was killed by SIGKILL"
