@@ -193,7 +193,7 @@ def test_a_failure_to_collect_fails_the_save_on_every_rank_and_publishes_nothing
         ]
         * 2
     )
-    assert {path.name for path in tmp_path.iterdir()} == {".bridge-writer", ".bridge-events.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {".bridge-writer", ".bridge-starts", ".bridge-events.jsonl"}
 
 
 def test_a_published_checkpoint_may_gain_files_but_keeps_those_it_has(tmp_path: Path) -> None:
