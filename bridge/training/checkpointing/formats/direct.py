@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-
 from bridge.training.checkpointing.checksums import DEFAULT
 from bridge.training.checkpointing.formats.planning import PlannedFile
+from bridge.training.checkpointing.formats.values import stored_objects, stored_tensor
 from bridge.training.checkpointing.integrity import FileRecord
 from bridge.training.checkpointing.io.framing import Frames
 from bridge.training.checkpointing.io.image import FileContents, FileImage, lay_out, results_of
@@ -65,23 +62,11 @@ def contents_of(files: Iterable[PlannedFile], state: Sequence[Any]) -> list[File
     return [
         FileContents(
             file.name,
-            [(item.index, _stored(state[place])) for item, place in file.tensors],
-            [(item.index, _serialized([state[place] for place in places])) for item, places in file.objects],
+            [(item.index, stored_tensor(state[place])) for item, place in file.tensors],
+            [
+                (item.index, stored_objects(state[place] for place in places).getbuffer())
+                for item, places in file.objects
+            ],
         )
         for file in files
     ]
-
-
-def _stored(shard: ShardedTensor) -> torch.Tensor:
-    """A shard's values in the shape in which megatron-core writes them."""
-    values: torch.Tensor = shard.data.detach()
-    if (shard.prepend_axis_num or shard.flattened_range is not None) and shard.has_regular_grid:
-        values = values.contiguous().view((1,) * shard.prepend_axis_num + tuple(shard.local_shape))
-    return values
-
-
-def _serialized(objects: list[ShardedObject]) -> memoryview:
-    """Objects of one key as megatron-core writes them."""
-    data = io.BytesIO()
-    torch.save([item.data for item in objects], data)
-    return data.getbuffer()

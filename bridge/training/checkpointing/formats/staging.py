@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.formats.planning import Plan
+from bridge.training.checkpointing.formats.values import stored_objects, stored_tensor
 
 
 def stage(plan: Plan, state: Sequence[Any], directory: Path, ranks: Ranks) -> FileSystemWriterAsync:
@@ -26,8 +26,8 @@ def stage(plan: Plan, state: Sequence[Any], directory: Path, ranks: Ranks) -> Fi
                 str(directory / file.name),
                 file.name,
                 (
-                    [(item, _serialized([state[place] for place in places])) for item, places in file.objects],
-                    [(item, _stored(state[place])) for item, place in file.tensors],
+                    [(item, stored_objects(state[place] for place in places)) for item, places in file.objects],
+                    [(item, _apart(state[place])) for item, place in file.tensors],
                 ),
             )
             for file in plan.files
@@ -38,19 +38,9 @@ def stage(plan: Plan, state: Sequence[Any], directory: Path, ranks: Ranks) -> Fi
     return ranks.run("staging what this rank writes", hand_over)
 
 
-def _serialized(objects: list[ShardedObject]) -> io.BytesIO:
-    """Objects of one key as megatron-core writes them."""
-    data = io.BytesIO()
-    torch.save([item.data for item in objects], data)
-    return data
-
-
-def _stored(shard: ShardedTensor) -> torch.Tensor:
-    """A shard's values in the shape and layout in which megatron-core writes them."""
-    values: torch.Tensor = shard.data.detach()
-    if (shard.prepend_axis_num or shard.flattened_range is not None) and shard.has_regular_grid:
-        values = values.contiguous().view((1,) * shard.prepend_axis_num + tuple(shard.local_shape))
-    # torch.save writes the whole storage that a view belongs to.
+def _apart(shard: ShardedTensor) -> torch.Tensor:
+    """A shard's values in a storage of their own: torch.save writes the whole storage that a view belongs to."""
+    values = stored_tensor(shard)
     is_part = values.untyped_storage().size() != values.numel() * values.itemsize
     return values.clone() if is_part and values.device.type == "cpu" else values
 
