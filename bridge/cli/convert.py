@@ -9,7 +9,7 @@ import click
 
 from bridge.cli.output import Output, PositiveFloat, directory_argument, output_options, safe_global_option
 from bridge.cli.preparing import enable
-from bridge.cli.progress import Progress
+from bridge.training.progress import Progress
 
 DESCRIPTION = """Publish a checkpoint in another format. Every tensor, object and file of it arrives, under the same
 names and with the same values.

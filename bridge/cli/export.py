@@ -10,7 +10,7 @@ import click
 
 from bridge.cli.output import Output, count_text, directory_argument, output_options, safe_global_option, size_text
 from bridge.cli.preparing import enable
-from bridge.cli.progress import Progress
+from bridge.training.progress import Progress
 
 if TYPE_CHECKING:
     from bridge.training.checkpointing.export.exporting import Exported

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from bridge.cli.output import Output, directory_argument, output_options, sure_option
-from bridge.cli.progress import Progress
+from bridge.training.progress import Progress
 
 DESCRIPTION = """Set right what crashes and accidents have left in DIR: publish what was left complete, remove the
 remains of saves and deletions, take the mark of damage off checkpoints that are sound in every byte, and write the

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bridge.cli.output import Output, count_text, directory_argument, output_options, safe_global_option, size_text
-from bridge.cli.progress import Progress
+from bridge.training.progress import Progress
 
 if TYPE_CHECKING:
     from bridge.training.checkpointing.catalog import Verification, Verified
