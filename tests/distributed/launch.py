@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -75,6 +76,7 @@ def init_ranks(timeout: float = 60) -> None:
     """Start torch.distributed in a rank of `run_ranks`; a collective that waits for `timeout` s raises."""
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group(accelerator.process_group_backend(), timeout=timedelta(seconds=timeout))
+    torch.distributed.barrier()  # a rank that had little to do would be gone while others still connect to it
 
 
 def init_model_parallel(tp: int = 1, pp: int = 1, *, seed: int = 1234, **sizes: Any) -> None:
@@ -89,10 +91,12 @@ def init_model_parallel(tp: int = 1, pp: int = 1, *, seed: int = 1234, **sizes: 
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port from below those that the kernel gives to connections: jobs beside this one make many."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _fork(

@@ -6,10 +6,8 @@ import atexit
 import contextlib
 import os
 import pickle
-import random
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -25,6 +23,7 @@ from bridge.training.checkpointing.errors import CheckpointError
 from bridge.training.config import ConfigContainer
 from bridge.training.setup import Run, setup
 from bridge.training.train import train
+from tests.distributed import launch
 from tests.faults.tracer import Fault, Traced, trace
 from tests.training.tiny import digests, tiny_config
 
@@ -135,17 +134,8 @@ def run(job: Job, fault: Fault | None = None, missing: frozenset[str] = frozense
 
 def starts(job: Job, outputs: Path) -> list[Callable[[], None]]:
     """The bodies of a job's ranks; each notes in `outputs` how it ended."""
-    port = _free_port()
+    port = launch.free_port()
     return [_start(job, rank, port, outputs) for rank in range(job.ranks)]
-
-
-def _free_port() -> int:
-    """A port from below those that the kernel gives to connections: jobs beside this one make many."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def _start(job: Job, rank: int, port: int, outputs: Path) -> Callable[[], None]:

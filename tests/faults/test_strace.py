@@ -28,7 +28,7 @@ INJECTED = {
     "fsync:signal=SIGKILL:when=9": "SIGKILL",
     "fsync:error=EIO:when=2": "EIO",
     "fsync:error=EIO:when=12": "EIO",
-    "mkdir:error=ENOSPC:when=6": "ENOSPC",
+    "mkdir:error=ENOSPC:when=5": "ENOSPC",
     "rename:error=EDQUOT:when=5": "EDQUOT",
 }
 """What strace is told, for calls that a job of one rank makes in its save directory only."""
