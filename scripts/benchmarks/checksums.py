@@ -1,6 +1,6 @@
 """What checksums add to a save by this project's writer, and how fast they are verified.
 
-    .venv/bin/python scripts/benchmarks/checksums.py [--mib 1024] [--rounds N] [--directory DIR] [--json FILE]
+    .venv/bin/python -m scripts.benchmarks.checksums [--mib 1024] [--rounds N] [--directory DIR] [--json FILE]
 
 The same tensors are written and synced with the checksums of the manifest and without any, in turns. The files are then
 verified, in full and by sample, beside a plain read of them. `manifest.py` measures the hashing alone.

@@ -1,6 +1,6 @@
 """Memory and speed of converting a checkpoint that is four times as large as what the conversion may hold.
 
-    .venv/bin/python scripts/benchmarks/convert.py [--memory-mib N] [--processes N ...] [--directory DIR]
+    .venv/bin/python -m scripts.benchmarks.convert [--memory-mib N] [--processes N ...] [--directory DIR]
 
 For each number of processes, a checkpoint in torch_dist is converted to zarr and back by `bridge-ckpt convert`. "Peak"
 is the highest anonymous memory of all its processes together, less that of converting a checkpoint of 8 MiB:

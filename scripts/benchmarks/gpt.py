@@ -20,8 +20,6 @@ At the end each way saves and loads once more, with everything overwritten in be
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import os
 import shutil
@@ -35,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.benchmarks import _gpt
+from scripts.benchmarks._command import add_directory, command, hand_out
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dense, 1 rank": (1, {}),
@@ -54,14 +53,12 @@ WARM_UP = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all cases and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", default="1,2,4", help="the cases for these numbers of ranks")
-    parser.add_argument("--directory", type=Path, help="where the files go for the time; a temporary one by default")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_directory(parser)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     _gpt.import_all()
@@ -74,12 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found = _gpt.on_ranks(_measure, ranks, Path(directory), *shape)
             cases[name] = {"ranks": ranks, **found, "ratios": ratios(found["seconds"])}
     report = {"rounds": options.rounds, "cases": cases}
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    table = markdown(report)
-    if options.markdown is not None:
-        options.markdown.write_text(table)
-    print(table)
+    hand_out(report, markdown(report), options)
     return 0 if all(case["is what it was"] for case in cases.values()) else 1
 
 

@@ -1,6 +1,6 @@
 """Time to load tensors: this project's readers beside torch's, megatron-core's, and the bare reading of the bytes.
 
-    .venv/bin/python scripts/benchmarks/load.py [--large 40x32MiB] [--small 20000x8KiB] [--rounds N]
+    .venv/bin/python -m scripts.benchmarks.load [--large 40x32MiB] [--small 20000x8KiB] [--rounds N]
         [--directory DIR] [--json FILE] [--markdown FILE]
 
 All ways read the same tensors, into memory that has been touched, in turns in one process, with the files in the page
@@ -21,11 +21,8 @@ time and of the processor: on a machine that is busy with something else only th
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -35,7 +32,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+from scripts.benchmarks._command import add_directory, command, hand_out, workload
+
 RATIOS = [
     ("direct", "raw"),
     ("megatron", "direct"),
@@ -51,32 +49,18 @@ RATIOS = [
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all ways and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", type=_workload, default=(40, 32 << 20), help="tensors x bytes")
-    parser.add_argument("--small", type=_workload, default=(20_000, 8 << 10), help="tensors x bytes")
+    parser = command(__doc__)
+    parser.add_argument("--large", type=workload, default=(40, 32 << 20), help="tensors x bytes")
+    parser.add_argument("--small", type=workload, default=(20_000, 8 << 10), help="tensors x bytes")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, help="where the files go for the time; a temporary one by default")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_directory(parser)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         report = _measure(Path(directory), {"large": options.large, "small": options.small}, options.rounds)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    table = _markdown(report)
-    if options.markdown is not None:
-        options.markdown.write_text(table)
-    print(table)
+    hand_out(report, _markdown(report), options)
     return 0
-
-
-def _workload(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)(|KiB|MiB|GiB)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: write tensors x bytes, as in 40x32MiB")
-    return int(found[1]), int(found[2]) * UNITS[found[3]]
 
 
 def _measure(directory: Path, workloads: dict[str, tuple[int, int]], rounds: int) -> dict[str, Any]:

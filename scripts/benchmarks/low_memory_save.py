@@ -1,6 +1,6 @@
 """Peak memory of saving a model: the ordinary way, and with the model let go of before it is saved.
 
-    .venv/bin/python scripts/benchmarks/low_memory_save.py [--layers N] [--hidden-size N]
+    .venv/bin/python -m scripts.benchmarks.low_memory_save [--layers N] [--hidden-size N]
 
 Each way runs in a process of its own, from the same random model with its gradient buffers and without an
 optimizer. "Peak" is the highest resident memory during the save, less that before the model was built; what is

@@ -1,6 +1,6 @@
 """Time to plan a save: the first of a structure and the repeated ones.
 
-    .venv/bin/python scripts/benchmarks/repeat_save.py [--tensors N] [--ranks N] [--saves N] [--alone] [--json FILE]
+    .venv/bin/python -m scripts.benchmarks.repeat_save [--tensors N] [--ranks N] [--saves N] [--alone] [--json FILE]
 
 Planning is what holds up training before the first byte is copied or written: preparing the state, comparing and
 validating it, sharing out the writing, exchanging plans. The state is many small tensors, half of them copied on

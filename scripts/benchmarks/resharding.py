@@ -16,10 +16,7 @@ process, metadata included, divided by the bytes of the tensors that are wanted.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import re
 import statistics
 import sys
 import tempfile
@@ -30,21 +27,19 @@ from pathlib import Path
 from typing import Any
 
 from scripts.benchmarks import _gpt
+from scripts.benchmarks._command import add_directory, command, hand_out, workload
 
-UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 GPT = "TP2 to TP1"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", type=_workload, default=(16, 32 << 20), help="tensors x bytes")
+    parser = command(__doc__)
+    parser.add_argument("--large", type=workload, default=(16, 32 << 20), help="tensors x bytes")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512, help="a multiple of 128")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, help="where the files go for the time; a temporary one by default")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_directory(parser)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     _gpt.import_all()
@@ -57,20 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for load in loads.values():
         load["ratios"] = ratios(load["ways"])
     report = {"rounds": options.rounds, "loads": loads}
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    table = markdown(report)
-    if options.markdown is not None:
-        options.markdown.write_text(table)
-    print(table)
+    hand_out(report, markdown(report), options)
     return 0 if all(load["is what it was"] for load in loads.values()) else 1
-
-
-def _workload(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)(|KiB|MiB|GiB)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: write tensors x bytes, as in 16x32MiB")
-    return int(found[1]), int(found[2]) * UNITS[found[3]]
 
 
 def ratios(ways: dict[str, dict[str, Any]]) -> dict[str, float]:

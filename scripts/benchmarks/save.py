@@ -1,6 +1,6 @@
 """Time to save tensors: this project's writers beside torch's, megatron-core's, and the bare writing of the bytes.
 
-    .venv/bin/python scripts/benchmarks/save.py [--large 40x32MiB] [--small 20000x8KiB] [--rounds N]
+    .venv/bin/python -m scripts.benchmarks.save [--large 40x32MiB] [--small 20000x8KiB] [--rounds N]
         [--directory DIR] [--json FILE] [--markdown FILE]
 
 All ways save the same tensors, in turns in one process, and count until storage has everything. What counts is the
@@ -27,14 +27,11 @@ optimizer does, takes longer than it does undisturbed while the save goes on. Th
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import logging
 import mmap
 import os
 import platform
-import re
 import resource
 import shutil
 import statistics
@@ -47,7 +44,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+from scripts.benchmarks._command import add_directory, command, hand_out, workload
+
 RATIOS = [
     ("direct", "raw"),
     ("direct", "raw direct"),
@@ -68,32 +66,18 @@ STEPS = 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all ways and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", type=_workload, default=(40, 32 << 20), help="tensors x bytes")
-    parser.add_argument("--small", type=_workload, default=(20_000, 8 << 10), help="tensors x bytes")
+    parser = command(__doc__)
+    parser.add_argument("--large", type=workload, default=(40, 32 << 20), help="tensors x bytes")
+    parser.add_argument("--small", type=workload, default=(20_000, 8 << 10), help="tensors x bytes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--directory", type=Path, help="where the files go for the time; a temporary one by default")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_directory(parser)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         report = _measure(Path(directory), {"large": options.large, "small": options.small}, options.rounds)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    table = _markdown(report)
-    if options.markdown is not None:
-        options.markdown.write_text(table)
-    print(table)
+    hand_out(report, _markdown(report), options)
     return 0
-
-
-def _workload(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)(|KiB|MiB|GiB)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: write tensors x bytes, as in 40x32MiB")
-    return int(found[1]), int(found[2]) * UNITS[found[3]]
 
 
 def _measure(directory: Path, workloads: dict[str, tuple[int, int]], rounds: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What planning, metadata and retention cost on the coordinator of a large job, simulated in one process.
 
-    .venv/bin/python scripts/benchmarks/scale.py [--ranks 64,1024,16384] [--tensors 600] [--writers N]
+    .venv/bin/python -m scripts.benchmarks.scale [--ranks 64,1024,16384] [--tensors 600] [--writers N]
         [--checkpoints N] [--json FILE] [--markdown FILE]
 
 The code is that of a real save; only the network is missing. Every simulated rank describes its own shards as it would
@@ -15,8 +15,6 @@ Times are of the processor, in seconds.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import platform
 import sys
@@ -26,6 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+from scripts.benchmarks._command import command, hand_out
 
 T = TypeVar("T")
 
@@ -73,13 +73,11 @@ class Cost:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Simulate all sizes and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__)
     parser.add_argument("--ranks", default="64,256,1024,4096,16384", help="separated by commas; multiples of 64")
     parser.add_argument("--tensors", type=int, default=600, help="of each rank")
     parser.add_argument("--writers", type=int, default=1, help="files of each rank")
     parser.add_argument("--checkpoints", type=int, default=500, help="that retention decides about")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     costs = []
@@ -88,12 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--ranks: {ranks} is no multiple of {TENSOR * PIPELINE}")
         costs.append(simulate(ranks, options.tensors, options.writers, options.checkpoints))
     report = {"machine": platform.platform(), "python": platform.python_version(), "jobs": [_entry(c) for c in costs]}
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    table = markdown(costs)
-    if options.markdown is not None:
-        options.markdown.write_text(table)
-    print(table)
+    hand_out(report, markdown(costs), options)
     return 0
 
 

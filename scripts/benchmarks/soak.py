@@ -1,6 +1,6 @@
 """Does a long run leak? Many asynchronous saves with retention, and what the ranks hold on to after each.
 
-    .venv/bin/python scripts/benchmarks/soak.py [--saves N] [--ranks N] [--keep N] [--directory D] [--json FILE]
+    .venv/bin/python -m scripts.benchmarks.soak [--saves N] [--ranks N] [--keep N] [--directory D] [--json FILE]
 
 Ranks train a tiny model and save after every iteration. Whenever a checkpoint is published, each rank counts what it
 holds, and rank 0 reads the checkpoint back and compares every file with its checksum. At the end, the value after the

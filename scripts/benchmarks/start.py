@@ -1,6 +1,6 @@
 """What this project adds to the start of a program that trains with megatron-core.
 
-    .venv/bin/python scripts/benchmarks/start.py [--rounds N] [--json FILE]
+    .venv/bin/python -m scripts.benchmarks.start [--rounds N] [--json FILE]
 
 Fresh processes import torch and whatever of megatron-core training uses, and then this project; and set up a tiny model
 and take its first step, with and without a directory to save in. Medians are given, in seconds.

@@ -1,6 +1,6 @@
 """What each tier costs: how long a save holds up training, when it counts, and how long a restart takes to load it.
 
-    .venv/bin/python scripts/benchmarks/tiers.py [--layers N] [--hidden-size N] [--ranks N] [--saves N] [--restarts N]
+    .venv/bin/python -m scripts.benchmarks.tiers [--layers N] [--hidden-size N] [--ranks N] [--saves N] [--restarts N]
         [--tiers 'NAME; NAME'] [--directory D]
 
 Data-parallel ranks share out the same model and its optimizer. For each tier they save several times, and are then

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import logging
 import multiprocessing
 import resource
@@ -41,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.benchmarks import _gpt, _ways
+from scripts.benchmarks._command import add_directory, command, hand_out
 from scripts.benchmarks._processes import PeakMemory, processor_seconds
 
 WAYS = ("copy", "direct", "stock", "megatron", "dcp thread", "dcp process")
@@ -52,15 +52,13 @@ STEPS = 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all ways and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--saves", type=int, default=100, help="of this project's, for the memory; at least 2")
     parser.add_argument("--peer-saves", type=int, default=6, help="of each other way, for the memory; at least 2")
-    parser.add_argument("--directory", type=Path, help="where the files go for the time; a temporary one by default")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_directory(parser)
     options = parser.parse_args(arguments)
     if min(options.saves, options.peer_saves) < 2:
         parser.error("--saves and --peer-saves must be at least 2")
@@ -68,12 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable(logging.ERROR)
     with tempfile.TemporaryDirectory(dir=options.directory, ignore_cleanup_errors=True) as directory:
         report = _measure(Path(directory), options)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    table = markdown(report)
-    if options.markdown is not None:
-        options.markdown.write_text(table)
-    print(table)
+    hand_out(report, markdown(report), options)
     return 0 if all(way["is what it was"] for way in report["ways"].values()) else 1
 
 

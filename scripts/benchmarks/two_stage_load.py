@@ -1,6 +1,6 @@
 """Time to load a replicated state: on every rank, in two stages, and by megatron-core's way of sharing the reading.
 
-    .venv/bin/python scripts/benchmarks/two_stage_load.py [--ranks N] [--mib N] [--tensor-mib N] [--loads N]
+    .venv/bin/python -m scripts.benchmarks.two_stage_load [--ranks N] [--mib N] [--tensor-mib N] [--loads N]
                                                           [--store-mb-per-s N]
 
 Every rank wants the same tensors. All ways load them in turns, in the same processes, from one torch_dist checkpoint:

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path("scripts/benchmarks/soak.py")
-
 
 def soak(saves: int, tmp_path: Path) -> dict[tuple[int, str], dict[str, float]]:
     """Run the script; the trends by rank and measure."""
     result = tmp_path / "result.json"
-    command = [sys.executable, str(SCRIPT), "--saves", str(saves), "--json", str(result)]
+    command = [sys.executable, "-m", "scripts.benchmarks.soak", "--saves", str(saves), "--json", str(result)]
     done = subprocess.run([*command, "--directory", str(tmp_path)], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(result.read_text())
