@@ -27,8 +27,9 @@ lint: setup ## ruff check, ruff format --check
 typecheck: setup ## mypy, strict, over bridge/
 	@$(VENV) -m mypy
 
+# Two workers, each with whole files: tests wait for processes more than they compute.
 pytest: setup ## the tests alone; ARGS='-k name' passes arguments to pytest
-	@$(VENV) -m pytest $(ARGS)
+	@$(VENV) -m pytest -n 2 --dist loadfile $(ARGS)
 
 faults: setup ## the whole fault-injection suite (docs/faults.md); takes an hour or so on 2 cores
 	@$(VENV) -m pytest tests/faults -m 'faults or not slow' $(ARGS)
