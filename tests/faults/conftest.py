@@ -1,4 +1,4 @@
-"""What the fault suite shares: a text, undisturbed runs to compare with, seeds, and the table at the end."""
+"""What the fault suite shares: a text, undisturbed runs to compare with, seeds, and planted bugs."""
 
 from __future__ import annotations
 
@@ -11,27 +11,10 @@ from typing import Any
 import pytest
 
 from tests.distributed import launch
-from tests.faults.summary import Summary
-
-SUMMARY = pytest.StashKey[Summary]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--mutate", metavar="BUG", help="plant a bug in every job of the fault suite, which then fails")
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    lines = config.stash[SUMMARY].lines() if SUMMARY in config.stash else []
-    if lines:
-        terminalreporter.section("faults")
-        for line in lines:
-            terminalreporter.line(line)
-
-
-@pytest.fixture(scope="session")
-def summary(pytestconfig: pytest.Config) -> Summary:
-    """Counts what is tried."""
-    return pytestconfig.stash.setdefault(SUMMARY, Summary())
 
 
 @pytest.fixture(scope="session")

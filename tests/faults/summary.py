@@ -39,6 +39,22 @@ class Summary:
         for rows, name in ((self.by_class, failure), (self.by_situation, situation)):
             rows.setdefault(name, Row()).add(survived, recovery_seconds)
 
+    def to_plain(self) -> list[dict[str, tuple[int, int, list[float]]]]:
+        """What `take` understands, of types that every process can be told."""
+        return [
+            {name: (row.tried, row.survived, row.seconds) for name, row in rows.items()}
+            for rows in (self.by_class, self.by_situation)
+        ]
+
+    def take(self, counted: list[dict[str, tuple[int, int, list[float]]]]) -> None:
+        """Add what another process has counted."""
+        for rows, others in zip((self.by_class, self.by_situation), counted, strict=True):
+            for name, (tried, survived, seconds) in others.items():
+                row = rows.setdefault(name, Row())
+                row.tried += tried
+                row.survived += survived
+                row.seconds += seconds
+
     def lines(self) -> list[str]:
         """The tables; nothing where nothing was tried."""
         if not self.by_class:
