@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
-
-_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def command(description: str | None) -> argparse.ArgumentParser:
@@ -22,14 +19,6 @@ def command(description: str | None) -> argparse.ArgumentParser:
 def add_directory(parser: argparse.ArgumentParser) -> None:
     """`--directory`, for a benchmark that writes files."""
     parser.add_argument("--directory", type=Path, help="where the files go for the time; a temporary one by default")
-
-
-def workload(text: str) -> tuple[int, int]:
-    """The type of an option that says how many tensors of how many bytes."""
-    found = re.fullmatch(r"(\d+)x(\d+)(|KiB|MiB|GiB)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: write tensors x bytes, as in 40x32MiB")
-    return int(found[1]), int(found[2]) * _UNITS[found[3]]
 
 
 def hand_out(report: dict[str, Any], table: str, options: argparse.Namespace) -> None:

@@ -21,18 +21,13 @@ time and of the processor: on a machine that is busy with something else only th
 
 from __future__ import annotations
 
-import logging
-import platform
-import statistics
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks._command import add_directory, command, hand_out, workload
+from scripts.benchmarks._workloads import Seconds, compare
 
 RATIOS = [
     ("direct", "raw"),
@@ -49,42 +44,16 @@ RATIOS = [
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all ways and write the tables."""
-    parser = command(__doc__)
-    parser.add_argument("--large", type=workload, default=(40, 32 << 20), help="tensors x bytes")
-    parser.add_argument("--small", type=workload, default=(20_000, 8 << 10), help="tensors x bytes")
-    parser.add_argument("--rounds", type=int, default=5)
-    add_directory(parser)
-    options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
-    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        report = _measure(Path(directory), {"large": options.large, "small": options.small}, options.rounds)
-    hand_out(report, _markdown(report), options)
+    compare(arguments, __doc__, 5, RATIOS, _measure)
     return 0
 
 
-def _measure(directory: Path, workloads: dict[str, tuple[int, int]], rounds: int) -> dict[str, Any]:
-    from bridge import accelerator
-
-    accelerator.enable()
-    import torch
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    torch.set_num_threads(1)
-    results = {}
-    try:
-        for name, (count, size) in workloads.items():
-            ways = _ways(directory / name, count, size)
-            seconds = _in_turns(ways, rounds)
-            results[name] = {"tensors": count, "bytes": size, "seconds": seconds, "ratios": _ratios(seconds)}
-    finally:
-        torch.distributed.destroy_process_group()
-    machine = {"processor": platform.processor() or platform.machine(), "system": platform.platform()}
-    return {"machine": machine, "torch": torch.__version__, "rounds": rounds, "workloads": results}
+def _measure(directory: Path, count: int, size: int, rounds: int) -> tuple[Seconds, dict[str, Any]]:
+    return _in_turns(_ways(directory, count, size), rounds), {}
 
 
-def _in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "processor": []} for name in ways}
+def _in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> Seconds:
+    seconds: Seconds = {name: {"wall": [], "processor": []} for name in ways}
     for number in range(rounds + 1):
         for name, run in ways.items():
             wall, processor = time.perf_counter(), time.process_time()
@@ -93,17 +62,6 @@ def _in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, d
                 seconds[name]["wall"].append(time.perf_counter() - wall)
                 seconds[name]["processor"].append(time.process_time() - processor)
     return seconds
-
-
-def _ratios(seconds: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    found = {}
-    for slow, fast in RATIOS:
-        if slow in seconds and fast in seconds:
-            found[f"{slow} / {fast}"] = {
-                clock: statistics.median(a / b for a, b in zip(seconds[slow][clock], seconds[fast][clock], strict=True))
-                for clock in ("wall", "processor")
-            }
-    return found
 
 
 def _ways(directory: Path, count: int, size: int) -> dict[str, Callable[[], object]]:
@@ -161,22 +119,6 @@ def _ways(directory: Path, count: int, size: int) -> dict[str, Callable[[], obje
         ways["slice"] = lambda: megatron(wanted_parts, None, validate=False)
         ways["slice direct"] = lambda: megatron(wanted_parts, TorchDistLoadStrategy(), validate=False)
     return ways
-
-
-def _markdown(report: dict[str, Any]) -> str:
-    lines = [f"torch {report['torch']}, {report['machine']['system']}, median of {report['rounds']} rounds", ""]
-    for name, result in report["workloads"].items():
-        lines += [f"### {name}: {result['tensors']} tensors of {result['bytes']} bytes", ""]
-        lines += ["| way | seconds | of the processor | microseconds a tensor |", "|---|---|---|---|"]
-        for way, clocks in result["seconds"].items():
-            wall, processor = (statistics.median(clocks[clock]) for clock in ("wall", "processor"))
-            each = processor / result["tensors"] * 1e6
-            lines.append(f"| {way} | {wall:.3f} | {processor:.3f} | {each:.1f} |")
-        lines += ["", "| ratio | wall time | of the processor |", "|---|---|---|"]
-        for pair, ratio in result["ratios"].items():
-            lines.append(f"| {pair} | {ratio['wall']:.2f} | {ratio['processor']:.2f} |")
-        lines.append("")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

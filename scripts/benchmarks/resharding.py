@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.benchmarks import _gpt
-from scripts.benchmarks._command import add_directory, command, hand_out, workload
+from scripts.benchmarks._command import add_directory, command, hand_out
+from scripts.benchmarks._workloads import workload
 
 GPT = "TP2 to TP1"
 

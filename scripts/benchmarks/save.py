@@ -28,23 +28,18 @@ optimizer does, takes longer than it does undisturbed while the save goes on. Th
 from __future__ import annotations
 
 import gc
-import logging
 import mmap
 import os
-import platform
 import resource
 import shutil
-import statistics
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks._command import add_directory, command, hand_out, workload
+from scripts.benchmarks._workloads import Seconds, compare
 
 RATIOS = [
     ("direct", "raw"),
@@ -66,45 +61,16 @@ STEPS = 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all ways and write the tables."""
-    parser = command(__doc__)
-    parser.add_argument("--large", type=workload, default=(40, 32 << 20), help="tensors x bytes")
-    parser.add_argument("--small", type=workload, default=(20_000, 8 << 10), help="tensors x bytes")
-    parser.add_argument("--rounds", type=int, default=3)
-    add_directory(parser)
-    options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
-    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        report = _measure(Path(directory), {"large": options.large, "small": options.small}, options.rounds)
-    hand_out(report, _markdown(report), options)
+    compare(arguments, __doc__, 3, RATIOS, _measure)
     return 0
 
 
-def _measure(directory: Path, workloads: dict[str, tuple[int, int]], rounds: int) -> dict[str, Any]:
-    from bridge import accelerator
-
-    accelerator.enable()
-    import torch
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    torch.set_num_threads(1)
-    results = {}
-    try:
-        for name, (count, size) in workloads.items():
-            ways = _Ways(directory / name, count, size)
-            seconds = _in_turns(ways, rounds)
-            results[name] = {
-                "tensors": count,
-                "bytes": size,
-                "seconds": seconds,
-                "ratios": _ratios(seconds),
-                "kept memory / state": ways.kept / (count * size),
-            }
-            ways.close()
-    finally:
-        torch.distributed.destroy_process_group()
-    machine = {"processor": platform.processor() or platform.machine(), "system": platform.platform()}
-    return {"machine": machine, "torch": torch.__version__, "rounds": rounds, "workloads": results}
+def _measure(directory: Path, count: int, size: int, rounds: int) -> tuple[Seconds, dict[str, Any]]:
+    ways = _Ways(directory, count, size)
+    seconds = _in_turns(ways, rounds)
+    kept = ways.kept / (count * size)
+    ways.close()
+    return seconds, {"kept memory / state": kept}
 
 
 @dataclass
@@ -120,8 +86,8 @@ class _Clocks:
         return cls(time.perf_counter(), time.process_time() + children.ru_utime + children.ru_stime)
 
 
-def _in_turns(ways: _Ways, rounds: int) -> dict[str, dict[str, list[float]]]:
-    seconds: dict[str, dict[str, list[float]]] = {}
+def _in_turns(ways: _Ways, rounds: int) -> Seconds:
+    seconds: Seconds = {}
     for number in range(rounds + 1):
         gc.collect()
         for name, run in ways.all().items():
@@ -134,18 +100,6 @@ def _in_turns(ways: _Ways, rounds: int) -> dict[str, dict[str, list[float]]]:
                 clocks["wall"].append(ended.wall - begun.wall if lost is None else lost)
                 clocks["processor"].append(ended.processor - begun.processor)
     return seconds
-
-
-def _ratios(seconds: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    found = {}
-    for slow, fast in RATIOS:
-        if slow in seconds and fast in seconds:
-            found[f"{slow} / {fast}"] = {
-                clock: statistics.median(a / b for a, b in zip(seconds[slow][clock], seconds[fast][clock], strict=True))
-                for clock in ("wall", "processor")
-                if all(seconds[fast][clock])
-            }
-    return found
 
 
 class _Ways:
@@ -323,23 +277,6 @@ class _Ways:
             lost += max(0.0, time.perf_counter() - begun - undisturbed)
             steps += 1
         return lost
-
-
-def _markdown(report: dict[str, Any]) -> str:
-    lines = [f"torch {report['torch']}, {report['machine']['system']}, median of {report['rounds']} rounds", ""]
-    for name, result in report["workloads"].items():
-        lines += [f"### {name}: {result['tensors']} tensors of {result['bytes']} bytes", ""]
-        lines += ["| way | seconds | of the processor | microseconds a tensor |", "|---|---|---|---|"]
-        for way, clocks in result["seconds"].items():
-            wall, processor = (statistics.median(clocks[clock]) for clock in ("wall", "processor"))
-            each = processor / result["tensors"] * 1e6
-            lines.append(f"| {way} | {wall:.3f} | {processor:.3f} | {each:.1f} |")
-        lines += ["", "| ratio | wall time | of the processor |", "|---|---|---|"]
-        for pair, ratio in result["ratios"].items():
-            values = (f"{ratio[clock]:.2f}" if clock in ratio else "" for clock in ("wall", "processor"))
-            lines.append(f"| {pair} | {' | '.join(values)} |")
-        lines += ["", f"host memory that is kept: {result['kept memory / state']:.2f} of the state", ""]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ The exit status is 1 if a checkpoint is not as it was written.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -146,6 +147,9 @@ def _rank(rank: int, ranks: int, port: int, saves: int, keep: int, place: Path) 
 
     callbacks = CallbackManager()
     callbacks.register("on_checkpoint_save", published)
+    # It writes to all that a rank has in common with the process that it was forked from, which then is its own. The
+    # interpreter does so at some time by itself, and that would look like growth.
+    gc.collect()
     pretrain(_config(place / "save", saves, keep), callbacks)
     (place / f"rank{rank}.json").write_text(json.dumps({"samples": samples, "damaged": damaged}))
 

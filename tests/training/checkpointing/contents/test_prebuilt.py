@@ -96,17 +96,8 @@ def test_a_module_name_puts_the_random_states_into_a_namespace(tmp_path: Path) -
 
 
 def test_the_low_memory_benchmark_runs_and_saves_the_same_tensors() -> None:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "scripts.benchmarks.low_memory_save",
-        "--layers",
-        "1",
-        "--hidden-size",
-        "64",
-    ]
+    benchmark = ["-m", "scripts.benchmarks.low_memory_save", "--layers", "1", "--hidden-size", "64"]
+    command = [sys.executable, "-W", "ignore", *benchmark]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
