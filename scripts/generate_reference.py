@@ -148,7 +148,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "staging_dir": {"save": "runs/mine", "staging_dir": "/scratch/staging"},
     "staging_keep": {"staging_keep": 0},
     "upload_threads": {"upload_threads": 0},
-    "upload_wait_minutes": {"upload_wait_minutes": 0.0},
+    "upload_wait_minutes": {"save": "runs/mine", "mirror": "s3://my-bucket/runs", "upload_wait_minutes": 120.0},
     "custom_manager_class": {"custom_manager_class": "MyCheckpointManager"},
 }
 """Settings that break a field's rule."""

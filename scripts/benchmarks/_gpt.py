@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import multiprocessing
 import os
-import socket
-import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 MOE = {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.01, "add_bias_linear": False}
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def become_rank(rank: int, ranks: int, port: int) -> None:
-    """Set what torchrun would set for this process."""
-    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in found.items()}, MASTER_ADDR="127.0.0.1")
 
 
 def gpt_run(
@@ -59,6 +39,7 @@ def gpt_run(
     from bridge.training.setup import setup
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    saving: dict[str, Any] = {"save": str(directory), "save_interval": 100_000, "most_recent_k": 1}
     cfg = ConfigContainer(
         model=GPTModelConfig(
             num_layers=layers, hidden_size=hidden, num_attention_heads=8, seq_length=32, **(model or {})
@@ -66,7 +47,7 @@ def gpt_run(
         train=TrainingConfig(train_iters=100_000, micro_batch_size=1, global_batch_size=ranks),
         dataset=DatasetConfig(mock=True),
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=255),
-        checkpoint=CheckpointConfig(save=str(directory), save_interval=100_000, most_recent_k=1, **checkpoint),
+        checkpoint=CheckpointConfig(**{**saving, **checkpoint}),
     )
     if not is_saving:
         cfg.checkpoint = CheckpointConfig()
@@ -84,71 +65,6 @@ def beside(run: Any, directory: Path, **checkpoint: Any) -> Any:
     return replace(run, state=state, manager=create_checkpoint_manager(cfg.checkpoint))
 
 
-def on_ranks(work: Callable[..., Any], ranks: int, *arguments: Any) -> Any:
-    """Call `work` on forked ranks, which import nothing again; what rank 0 returns, by way of JSON."""
-    from torch.multiprocessing import start_processes
-
-    with tempfile.TemporaryDirectory() as directory:
-        result = Path(directory) / "result.json"
-        given = (work, ranks, free_port(), result, arguments)
-        start_processes(_rank, given, ranks, start_method="fork")
-        return json.loads(result.read_text())
-
-
-def _rank(rank: int, work: Callable[..., Any], ranks: int, port: int, result: Path, arguments: Any) -> None:
-    import torch
-    import torch.distributed as dist
-
-    logging.disable(logging.ERROR)
-    torch.set_num_threads(1)
-    become_rank(rank, ranks, port)
-    found = work(*arguments)
-    if rank == 0:
-        result.write_text(json.dumps(found))
-    if dist.is_initialized():
-        dist.barrier()
-    leave()
-
-
-def leave() -> NoReturn:
-    """End this process and the servers that libraries have started in it, without waiting for their threads."""
-    for child in multiprocessing.active_children():
-        child.kill()
-        child.join()
-    os._exit(0)
-
-
-def timed(action: Callable[[], Any]) -> float:
-    """Seconds until the slowest rank has finished. Collective."""
-    import torch.distributed as dist
-
-    dist.barrier()
-    begun = time.perf_counter()
-    action()
-    return slowest(time.perf_counter() - begun)
-
-
-def slowest(seconds: float) -> float:
-    """The most of all ranks. Collective."""
-    import torch
-    import torch.distributed as dist
-
-    found = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return float(found)
-
-
-def import_all() -> None:
-    """Import what forked ranks need."""
-    from bridge import accelerator
-
-    accelerator.enable()
-    import megatron.core  # noqa: F401
-    import torch.distributed.checkpoint  # noqa: F401
-
-    import bridge.training.train  # noqa: F401
-
-
 def step(run: Any) -> None:
     """Train for one iteration."""
     from bridge.training.step import train_step
@@ -158,11 +74,18 @@ def step(run: Any) -> None:
 
 
 def save(run: Any) -> None:
-    """Save, or begin to, as the training loop does."""
+    """Save, or begin to, as the training loop does: to a non-persistent tier if the run has one."""
     from bridge.training.checkpointing import CheckpointSaveContext
 
     context = CheckpointSaveContext(
-        run.state, run.model, run.optimizer, run.scheduler, 0, run.train_data_iterator, pg_collection=run.pg_collection
+        run.state,
+        run.model,
+        run.optimizer,
+        run.scheduler,
+        0,
+        run.train_data_iterator,
+        non_persistent_ckpt=run.cfg.checkpoint.non_persistent_ckpt_type is not None,
+        pg_collection=run.pg_collection,
     )
     run.manager.save(context, None)
 

@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks import _gpt
+from scripts.benchmarks import _gpt, _ranks
 from scripts.benchmarks._command import add_directory, command, hand_out
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -61,14 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_directory(parser)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    _gpt.import_all()
+    _ranks.import_all()
     chosen = {int(number) for number in options.ranks.split(",")}
     cases = {}
     for name, (ranks, model) in CASES.items():
         if ranks in chosen:
             with tempfile.TemporaryDirectory(dir=options.directory, ignore_cleanup_errors=True) as directory:
                 shape = options.layers, options.hidden_size, model, options.rounds
-                found = _gpt.on_ranks(_measure, ranks, Path(directory), *shape)
+                found = _ranks.on_ranks(_measure, ranks, Path(directory), *shape)
             cases[name] = {"ranks": ranks, **found, "ratios": ratios(found["seconds"])}
     report = {"rounds": options.rounds, "cases": cases}
     hand_out(report, markdown(report), options)
@@ -130,7 +130,7 @@ def _is_restored(run: Any, ways: dict[str, Any]) -> bool:
         way.load()
         after = _gpt.live_tensors(run)
         same = same and after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
-    return _gpt.slowest(0.0 if same else 1.0) == 0.0
+    return _ranks.slowest(0.0 if same else 1.0) == 0.0
 
 
 class _Ours:
@@ -142,7 +142,7 @@ class _Ours:
     def save(self) -> float:
         self._run.cfg.checkpoint.async_save = False
         self._run.state.train_state.step += 1
-        return _gpt.timed(lambda: _gpt.save(self._run))
+        return _ranks.timed(lambda: _gpt.save(self._run))
 
     def stall(self) -> float:
         self._run.cfg.checkpoint.async_save = True
@@ -152,7 +152,7 @@ class _Ours:
     def load(self) -> float:
         saved = self._run.state.train_state.step
         self._run.state.train_state.step = 0
-        seconds = _gpt.timed(lambda: _gpt.load(self._run))
+        seconds = _ranks.timed(lambda: _gpt.load(self._run))
         if self._run.state.train_state.step != saved:
             raise RuntimeError(f"iteration {self._run.state.train_state.step} was loaded, and {saved} was saved")
         return seconds
@@ -167,14 +167,14 @@ class _Stock:
 
     def save(self) -> float:
         place = self._new()
-        return _gpt.timed(lambda: self._megatron.save(place, background=False))
+        return _ranks.timed(lambda: self._megatron.save(place, background=False))
 
     def stall(self) -> float:
         place = self._new()
         return _stall(lambda: self._megatron.save(place, background=True), self._megatron.is_saved)
 
     def load(self) -> float:
-        return _gpt.timed(lambda: self._megatron.load(self._directory / str(self._saves)))
+        return _ranks.timed(lambda: self._megatron.load(self._directory / str(self._saves)))
 
     def _new(self) -> Path:
         import torch.distributed as dist
@@ -208,10 +208,10 @@ class _Raw:
                     done += file.write(view[done:])
                 os.fsync(file.fileno())
 
-        return _gpt.timed(write)
+        return _ranks.timed(write)
 
     def copy(self) -> float:
-        return _gpt.timed(lambda: self._target.copy_(self._source))
+        return _ranks.timed(lambda: self._target.copy_(self._source))
 
     def load(self) -> float:
         """As many bytes as this rank has in memory; from its own file, over again if that is shorter."""
@@ -225,7 +225,7 @@ class _Raw:
                     if not count:
                         file.seek(0)
 
-        return _gpt.timed(read)
+        return _ranks.timed(read)
 
 
 def _stall(begin: Callable[[], None], is_saved: Callable[[], bool]) -> float:
@@ -242,7 +242,7 @@ def _stall(begin: Callable[[], None], is_saved: Callable[[], bool]) -> float:
         asked = time.perf_counter()
         done = is_saved()
         stall += time.perf_counter() - asked
-    return _gpt.slowest(stall)
+    return _ranks.slowest(stall)
 
 
 def markdown(report: dict[str, Any]) -> str:

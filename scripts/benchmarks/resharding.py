@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks import _gpt
+from scripts.benchmarks import _gpt, _ranks
 from scripts.benchmarks._command import add_directory, command, hand_out
 from scripts.benchmarks._workloads import workload
 
@@ -43,13 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_directory(parser)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    _gpt.import_all()
+    _ranks.import_all()
     with tempfile.TemporaryDirectory(dir=options.directory, ignore_cleanup_errors=True) as found:
         directory = Path(found)
-        loads = _gpt.on_ranks(_parts, 1, directory, *options.large, options.rounds)
+        loads = _ranks.on_ranks(_parts, 1, directory, *options.large, options.rounds)
         shape = options.layers, options.hidden_size
-        _gpt.on_ranks(_save, 2, directory, *shape)
-        loads[GPT] = _gpt.on_ranks(_load, 1, directory, *shape, options.rounds)
+        _ranks.on_ranks(_save, 2, directory, *shape)
+        loads[GPT] = _ranks.on_ranks(_load, 1, directory, *shape, options.rounds)
     for load in loads.values():
         load["ratios"] = ratios(load["ways"])
     report = {"rounds": options.rounds, "loads": loads}

@@ -49,8 +49,8 @@ print(json.dumps([name for name in sys.modules if name.split(".")[0] == "megatro
 FIRST_STEP = """
 import json, sys, time
 from pathlib import Path
-from scripts.benchmarks import _gpt
-_gpt.import_all()
+from scripts.benchmarks import _gpt, _ranks
+_ranks.import_all()
 begun = time.perf_counter()
 run = _gpt.gpt_run(Path({directory!r}), 2, 64, is_saving={is_saving})
 _gpt.step(run)

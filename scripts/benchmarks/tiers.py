@@ -21,18 +21,18 @@ run: copying them into memory that was touched before, writing and syncing them,
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import os
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from scripts.benchmarks import _gpt, _ranks
 
 WARM_UP = 2
 """Saves that are not counted."""
@@ -74,16 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in tiers if name not in TIERS]:
         parser.error(f"--tiers: {unknown[0]!r} is none of '{'; '.join(TIERS)}'")
     warnings.simplefilter("ignore")
-    from bridge import accelerator
-
-    accelerator.enable()
-    import megatron.core  # noqa: F401  (imported here so that the ranks need not)
-
+    _ranks.import_all()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         root = Path(directory)
         results = _measured({tier: root / str(number) for number, tier in enumerate(tiers)}, options)
         size = sum(file.stat().st_size for file in (root / "0" / "run" / "iter_0000001").rglob("*.distcp"))
-        raw = _on_ranks(_machine, options.ranks, root, size // options.ranks)
+        raw = _ranks.on_ranks(_machine, options.ranks, root, size // options.ranks)
     _print(results, raw, size)
     return 0
 
@@ -112,10 +108,10 @@ def _measured(places: dict[str, Path], options: argparse.Namespace) -> dict[str,
     saves, restarts = {}, {tier: list[list[float]]() for tier in places}
     try:
         for tier, root in places.items():
-            saves[tier] = _on_ranks(_save, options.ranks, tier, root, options)
+            saves[tier] = _ranks.on_ranks(_save, options.ranks, tier, root, options, end=_ranks.crash)
         for _ in range(options.restarts):
             for tier, root in places.items():
-                restarts[tier].append(_on_ranks(_restart, options.ranks, tier, root, options))
+                restarts[tier].append(_ranks.on_ranks(_restart, options.ranks, tier, root, options, end=_ranks.crash))
     finally:
         for root in places.values():
             if (root / "run" / SESSION).exists():
@@ -128,134 +124,48 @@ def _measured(places: dict[str, Path], options: argparse.Namespace) -> dict[str,
     return results
 
 
-def _on_ranks(work: Callable[..., Any], ranks: int, *arguments: Any) -> Any:
-    """Call `work` on forked ranks; what rank 0 returns."""
-    import socket
-
-    import torch.multiprocessing as multiprocessing
-
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as directory:
-        probe.bind(("127.0.0.1", 0))
-        result = Path(directory) / "result.json"
-        variables = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
-        variables["MASTER_PORT"] = probe.getsockname()[1]
-        probe.close()
-        # Forked, so that the ranks need not import again what the parent has.
-        multiprocessing.start_processes(_rank, (work, variables, result, arguments), ranks, start_method="fork")
-        return json.loads(result.read_text())
-
-
-def _rank(rank: int, work: Callable[..., Any], variables: dict[str, Any], result: Path, arguments: Any) -> None:
-    import torch
-    import torch.distributed as dist
-
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    os.environ.update({name: str(value) for name, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items()})
-    found = work(*arguments)
-    if rank == 0:
-        result.write_text(json.dumps(found))
-    if dist.is_initialized():
-        dist.barrier()
-    # As a crash: what outlives the trainer must not hear of its end.
-    os._exit(0)
-
-
-def _timed(action: Callable[[], Any]) -> float:
-    """Seconds until the slowest rank has finished."""
-    import torch.distributed as dist
-
-    dist.barrier()
-    begun = time.perf_counter()
-    action()
-    return _slowest(time.perf_counter() - begun)
-
-
-def _slowest(seconds: float) -> float:
-    import torch
-    import torch.distributed as dist
-
-    found = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return float(found)
-
-
 def _setup(tier: str, root: Path, options: argparse.Namespace) -> Any:
-    from bridge.training.config import (
-        CheckpointConfig,
-        ConfigContainer,
-        DatasetConfig,
-        GPTModelConfig,
-        TokenizerConfig,
-        TrainingConfig,
-    )
-    from bridge.training.setup import setup
-
-    settings = dict(TIERS[tier])
+    settings: dict[str, Any] = {"most_recent_k": -1, **TIERS[tier]}
     if settings.get("non_persistent_ckpt_type"):
         settings["non_persistent_save_interval"] = 1
     if settings.get("non_persistent_ckpt_type") == "local":
         settings["non_persistent_local_ckpt_dir"] = str(root / "local")
-    cfg = ConfigContainer(
-        model=GPTModelConfig(
-            num_layers=options.layers, hidden_size=options.hidden_size, num_attention_heads=8, seq_length=32
-        ),
-        train=TrainingConfig(train_iters=1000, micro_batch_size=1, global_batch_size=options.ranks),
-        dataset=DatasetConfig(mock=True),
-        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=255),
-        checkpoint=CheckpointConfig(save=str(root / "run"), save_interval=1000, **settings),
-    )
-    cfg.logger.log_level = "ERROR"
-    return setup(cfg)
+    return _gpt.gpt_run(root / "run", options.layers, options.hidden_size, **settings)
 
 
 def _save(tier: str, root: Path, options: argparse.Namespace) -> tuple[list[float], list[float]]:
     """Save several times; the seconds of each stall, and until each was complete."""
     import torch.distributed as dist
 
-    from bridge.training.checkpointing import CheckpointSaveContext, is_empty_async_queue
+    from bridge.training.checkpointing import is_empty_async_queue
 
     run = _setup(tier, root, options)
     stalls, completions = [], []
     for iteration in range(1, options.saves + 1):
         run.state.train_state.step = iteration
-        context = CheckpointSaveContext(
-            run.state,
-            run.model,
-            run.optimizer,
-            run.scheduler,
-            0,
-            run.train_data_iterator,
-            non_persistent_ckpt=run.cfg.checkpoint.non_persistent_ckpt_type is not None,
-            pg_collection=run.pg_collection,
-        )
         dist.barrier()
         begun = time.perf_counter()
-        run.manager.save(context, None)
-        stall = time.perf_counter() - begun
-        while not is_empty_async_queue(run.state):
+        _gpt.save(run)
+        stall, is_complete = time.perf_counter() - begun, is_empty_async_queue(run.state)
+        while not is_complete:
             time.sleep(0.02)
             asked = time.perf_counter()
-            run.manager.finalize_async_saves(run.state)
+            is_complete = _gpt.is_saved(run)
             stall += time.perf_counter() - asked
-        completions.append(_slowest(time.perf_counter() - begun))
-        stalls.append(_slowest(stall))
+        completions.append(_ranks.slowest(time.perf_counter() - begun))
+        stalls.append(_ranks.slowest(stall))
     return stalls, completions
 
 
 def _restart(tier: str, root: Path, options: argparse.Namespace) -> list[float]:
     """Load twice; the first time without what the machine has in its file cache."""
-    from bridge.training.checkpointing import CheckpointLoadContext
-
     run = _setup(tier, root, options)
-    run.cfg.checkpoint.load = run.cfg.checkpoint.save
-    context = CheckpointLoadContext(run.state, run.model, run.optimizer, run.scheduler, pg_collection=run.pg_collection)
     seconds = []
     for is_cached in (False, True):
         run.state.train_state.step = 0
         if not is_cached:
             _forget_files(root)
-        seconds.append(_timed(lambda: run.manager.load(context)))
+        seconds.append(_ranks.timed(lambda: _gpt.load(run)))
         if run.state.train_state.step != options.saves:
             raise RuntimeError(f"{tier}: loaded iteration {run.state.train_state.step}, not {options.saves}")
     return seconds
@@ -294,12 +204,12 @@ def _machine(root: Path, size: int) -> dict[str, float]:
                 done += count
 
     seconds = {
-        "copy": min(_timed(lambda: target.copy_(source)) for _ in range(3)),
-        "write": min(_timed(write) for _ in range(3)),
+        "copy": min(_ranks.timed(lambda: target.copy_(source)) for _ in range(3)),
+        "write": min(_ranks.timed(write) for _ in range(3)),
     }
     _forget_files(root)
-    seconds["read"] = _timed(read)
-    seconds["read cached"] = min(_timed(read) for _ in range(3))
+    seconds["read"] = _ranks.timed(read)
+    seconds["read cached"] = min(_ranks.timed(read) for _ in range(3))
     return seconds
 
 

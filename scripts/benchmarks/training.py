@@ -39,7 +39,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks import _gpt, _ways
+from scripts.benchmarks import _gpt, _ranks, _ways
 from scripts.benchmarks._command import add_directory, command, hand_out
 from scripts.benchmarks._processes import PeakMemory, processor_seconds
 
@@ -167,7 +167,7 @@ def _serve(pipe: Any, way: str, directory: Path, layers: int, hidden: int) -> No
     import torch
 
     torch.set_num_threads(1)
-    _gpt.become_rank(0, 1, _gpt.free_port())
+    _ranks.become_rank(0, 1, _ranks.free_port())
     try:
         work = _Work(way, directory, layers, hidden)
     except BaseException as error:
@@ -266,7 +266,7 @@ class _Work:
     def close(self) -> None:
         """End everything."""
         self._way.close()
-        _gpt.leave()
+        _ranks.leave()
 
 
 def markdown(report: dict[str, Any]) -> str:
