@@ -196,10 +196,13 @@ def _carry_out(
                 run.manager.finalize_async_saves(run.state, blocking=True)
         return
     cfg, iteration = run.cfg.checkpoint, run.state.train_state.step
-    logger.info("saving a %s checkpoint of iteration %d: %s", decision.save, iteration, decision.why)
+    queue = run.state.async_calls_queue
+    # A save that is left out may be due again at every step; the first in a row is warned of.
+    may_be_left_out = cfg.async_when_busy == "skip" and queue is not None and len(queue) > 0
+    level = logging.DEBUG if may_be_left_out else logging.INFO
+    logger.log(level, "saving a %s checkpoint of iteration %d: %s", decision.save, iteration, decision.why)
     if decision.save == "persistent":
         watch.saving(iteration)
-    queue = run.state.async_calls_queue
     begun = 0 if queue is None else queue.scheduled
     _save(run, decision.save, position)
     is_busy = queue is not None and len(queue) > 0 and queue.scheduled == begun

@@ -10,25 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 import time
 import uuid
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from bridge.training.checkpointing.errors import (
-    DAMAGE,
-    ERRORS_BY_NAME,
-    CheckpointError,
-    RankLostError,
-    UnsafeCheckpointError,
-    is_storage_failure,
-)
+from bridge.training.checkpointing.errors import RankLostError
+from bridge.training.checkpointing.failed_steps import Failure, agreed, attempt, combined
 from bridge.training.checkpointing.meeting import Meeting
 
 T = TypeVar("T")
@@ -43,26 +37,6 @@ wait here for one that has much.
 """
 
 _ROLL_CALL_SECONDS = 3.0
-_UNSAFE = UnsafeCheckpointError.__name__
-_DAMAGE = frozenset(error.__name__ for error in DAMAGE)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A rank's exception in a form that travels between ranks."""
-
-    rank: int
-    kind: str
-    message: str
-    in_storage: bool = False
-
-    @classmethod
-    def of(cls, rank: int, error: BaseException) -> Failure:
-        return cls(rank, type(error).__name__, str(error), is_storage_failure(error))
-
-    def text(self) -> str:
-        """The message; errors that are not ours keep their type's name."""
-        return self.message if self.kind in ERRORS_BY_NAME else f"{self.kind}: {self.message}"
 
 
 class Ranks:
@@ -75,6 +49,7 @@ class Ranks:
         self._name = ""
         self._meetings = 0
         self._started = 0
+        self._names = 0
         self._timeout = TIMEOUT
 
     @classmethod
@@ -105,11 +80,18 @@ class Ranks:
         self._timeout = timeout
         return self
 
+    def new_name(self) -> str:
+        """Eight hexadecimal digits that nothing has been named with, the same on all ranks. All ranks ask together."""
+        self._names += 1
+        if self._group is None:
+            return secrets.token_hex(4)
+        return hashlib.sha256(f"{self._name}/{self._names}".encode()).hexdigest()[:8]
+
     def run(self, phase: str, action: Callable[[], T]) -> T:
         """Run `action` on every rank and return this rank's result.
 
         An action is local, or a collective that nothing local precedes: what fails on one rank before a collective
-        leaves the others waiting in it.
+        leaves the others waiting in it. One of several local steps says with `step` which of them fails.
 
         Raises:
             CheckpointError: `action` raised on some rank. Every rank raises, with the type of the lowest
@@ -117,24 +99,29 @@ class Ranks:
                 all of them failed for the same reason, only the reason). That a checkpoint is damaged is only said
                 if all failing ranks say so.
         """
-        result, error = _attempt(action)
-        # One number says that all went well, which is nearly always all there is to say.
-        if not self.same(phase, None if error is not None else ""):
+        return self.run_and_ask(phase, lambda: (action(), True))[0]
+
+    def run_and_ask(self, phase: str, action: Callable[[], tuple[T, bool]]) -> tuple[T, bool]:
+        """As `run`, and in the same exchange: whether the action has said yes on all ranks, besides its result."""
+        result, error = attempt(action)
+        # Two numbers say that all went well, which is nearly always all there is to say.
+        is_done, all_say_yes = self._least(phase, [error is None, result is not None and result[1]])
+        if not is_done:
             failure = None if error is None else Failure.of(self.rank, error)
             failures = [f for f in self.gather_all(phase, failure) if f is not None]
-            raise _combined(phase, failures, self.size) from error
-        return result  # type: ignore[return-value]
+            raise combined(phase, failures, self.size) from error
+        return result[0], bool(all_say_yes)  # type: ignore[index]
 
     def collect(self, phase: str, action: Callable[[], T]) -> list[T]:
         """Run `action` on every rank and return all results, by rank, on every rank. Raises as `run`.
 
         One meeting instead of the two of `run` and `gather_all`. Results are pickled: keep them small.
         """
-        result, error = _attempt(action)
+        result, error = attempt(action)
         told = self.gather_all(phase, (None if error is None else Failure.of(self.rank, error), result))
         failures = [failure for failure, _ in told if failure is not None]
         if failures:
-            raise _combined(phase, failures, self.size) from error
+            raise combined(phase, failures, self.size) from error
         return [value for _, value in told]  # type: ignore[misc]
 
     def first(self, phase: str, action: Callable[[], T]) -> T:
@@ -145,12 +132,12 @@ class Ranks:
         message: list[Any] = [None]
         error: Exception | None = None
         if self.is_first:
-            result, error = _attempt(action)
+            result, error = attempt(action)
             message = [result if error is None else Failure.of(0, error)]
         if self._group is not None:
             self._meet(phase, lambda: dist.broadcast_object_list(message, src=0, group=self._group))
         if isinstance(message[0], Failure):
-            raise _agreed(phase, message[0]) from error
+            raise agreed(phase, message[0]) from error
         return message[0]  # type: ignore[no-any-return]
 
     def decide(self, phase: str, action: Callable[[], T], decision: Callable[[list[T]], list[U]]) -> U:
@@ -167,28 +154,58 @@ class Ranks:
         Raises:
             CheckpointError: `action` raised on some rank, as `run` raises it, or `decision` did, as `first` raises it.
         """
-        result, error = _attempt(action)
-        told = self.gather_first(phase, (None if error is None else Failure.of(self.rank, error), result))
-        parts: list[Any] = [None] * self.size
-        if told is not None:
-            failures = [failure for failure, _ in told if failure is not None]
-            decided = None
-            if not failures:
-                decided, error = _attempt(lambda: decision([value for _, value in told]))  # type: ignore[misc]
-            refused = None if failures or error is None else Failure.of(0, error)
-            parts = [(failures, refused, part) for part in (decided or parts)]
+        failures, refused, decided, error = self._decide(phase, action, decision)
+        own = [(failures, refused, decided[0] if decided else None)]
         if self._group is not None:
-            own: list[Any] = [None]
-            given = parts if self.is_first else None
+            parts: list[Any] = [None] * self.size if decided is None else [*decided]
+            given = [(failures, refused, part) for part in parts] if self.is_first else None
             self._meet(phase, lambda: dist.scatter_object_list(own, given, src=0, group=self._group))
-        else:
-            own = parts
-        failures, refused, part = own[0]
+        return self._settled(phase, own[0], error)  # type: ignore[no-any-return]
+
+    def conclude(self, phase: str, action: Callable[[], T], conclusion: Callable[[list[T]], U]) -> U:
+        """Run `action` on every rank, and on rank 0 what follows from all results: one gather and one broadcast.
+
+        Args:
+            phase: what this is, for messages.
+            action: as for `run`.
+            conclusion: called on rank 0 with the results by rank.
+
+        Returns:
+            What the conclusion returned, on every rank: keep it small.
+
+        Raises:
+            CheckpointError: as `decide`.
+        """
+        *told, error = self._decide(phase, action, conclusion)
+        own = [told]
+        if self._group is not None:
+            self._meet(phase, lambda: dist.broadcast_object_list(own, src=0, group=self._group))
+        return self._settled(phase, own[0], error)  # type: ignore[no-any-return]
+
+    def _decide(
+        self, phase: str, action: Callable[[], T], decision: Callable[[list[T]], U]
+    ) -> tuple[list[Failure], Failure | None, U | None, Exception | None]:
+        """On rank 0: which ranks have failed in the action; else the failure of the decision, or what it is.
+
+        The last value is this rank's own error.
+        """
+        result, error = attempt(action)
+        told = self.gather_first(phase, (None if error is None else Failure.of(self.rank, error), result))
+        if told is None:
+            return [], None, None, error
+        failures = [failure for failure, _ in told if failure is not None]
         if failures:
-            raise _combined(phase, failures, self.size) from error
+            return failures, None, None, error
+        decided, error = attempt(lambda: decision([value for _, value in told]))  # type: ignore[misc]
+        return [], None if error is None else Failure.of(0, error), decided, error
+
+    def _settled(self, phase: str, told: Sequence[Any], error: Exception | None) -> Any:
+        failures, refused, value = told
+        if failures:
+            raise combined(phase, failures, self.size) from error
         if refused is not None:
-            raise _agreed(phase, refused) from error
-        return part  # type: ignore[no-any-return]
+            raise agreed(phase, refused) from error
+        return value
 
     def gather_all(self, phase: str, value: T) -> list[T]:
         """Every rank's value, by rank, on every rank. Values are pickled: keep them small."""
@@ -215,12 +232,8 @@ class Ranks:
 
         The smallest of all exchanges: 24 bytes, however many ranks there are.
         """
-        if self._group is None:
-            return value is not None
         number = 0 if value is None else int(hashlib.sha256(value.encode()).hexdigest()[:15], 16)
-        told = torch.tensor([value is not None, number, -number], dtype=torch.int64, device="cpu")
-        self._meet(phase, lambda: dist.all_reduce(told, dist.ReduceOp.MIN, group=self._group))
-        is_there, least, greatest = told.tolist()
+        is_there, least, greatest = self._least(phase, [value is not None, number, -number])
         return bool(is_there) and least == -greatest
 
     def meeting(self) -> Meeting:
@@ -228,6 +241,14 @@ class Ranks:
         self._started += 1
         store = None if self._group is None else dist.distributed_c10d._get_default_store()
         return Meeting(store, f"bridge/{self._name}/meeting/{self._started}", self.rank, self.size)
+
+    def _least(self, phase: str, numbers: list[int]) -> list[int]:
+        """The least of all ranks' numbers, place by place."""
+        if self._group is None:
+            return numbers
+        told = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        self._meet(phase, lambda: dist.all_reduce(told, dist.ReduceOp.MIN, group=self._group))
+        return told.tolist()
 
     def _meet(self, phase: str, collective: Callable[[], Any]) -> None:
         self._meetings += 1
@@ -265,47 +286,3 @@ class Ranks:
 
 _of_group: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()
 """The ranks, with their control group, by torch.distributed's default group."""
-
-
-def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return action(), None
-    except Exception as error:
-        logger.debug("a step failed on this rank", exc_info=True)
-        return None, error
-
-
-def _agreed(phase: str, failure: Failure) -> CheckpointError:
-    """What every rank raises where rank 0 has failed for all."""
-    known = ERRORS_BY_NAME.get(failure.kind)
-    agreed = known(failure.message) if known else CheckpointError(f"{phase}: {failure.text()}")
-    agreed.in_storage = failure.in_storage
-    return agreed
-
-
-def _combined(phase: str, failures: list[Failure], size: int) -> CheckpointError:
-    error = _worded(phase, failures, size)
-    error.in_storage = all(failure.in_storage for failure in failures)
-    return error
-
-
-def _kind_of(kinds: list[str]) -> str:
-    """The kind of error that all ranks raise, by those of the ranks that failed."""
-    # That somebody may be attacking the run must not be hidden by a rank that could not read.
-    if _UNSAFE in kinds:
-        return _UNSAFE
-    # Damage leads to a mark and an older checkpoint. A rank in trouble of its own (memory, open files) shows that
-    # something else may be wrong, and that is for the user to decide about.
-    return next((kind for kind in kinds if kind not in _DAMAGE), kinds[0])
-
-
-def _worded(phase: str, failures: list[Failure], size: int) -> CheckpointError:
-    known = ERRORS_BY_NAME.get(_kind_of([failure.kind for failure in failures]))
-    by_text: dict[str, list[int]] = {}
-    for failure in failures:
-        by_text.setdefault(failure.text(), []).append(failure.rank)
-    if len(by_text) == 1 and len(failures) == size:
-        (text,) = by_text
-        return known(text) if known else CheckpointError(f"{phase} failed: {text}")
-    parts = [f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in by_text.items()]
-    return (known or CheckpointError)(f"{phase} failed on {'; '.join(parts)}")

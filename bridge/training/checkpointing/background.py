@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
@@ -66,8 +66,29 @@ class BackgroundCall(Protocol):
     def result(self) -> Any:
         """What has come of it; waits for it, and raises CheckpointSaveError if it failed."""
 
-    def kill(self) -> None:
-        """End it at once; the result is then an error."""
+    def halt(self) -> None:
+        """Tell it to end at once, and wait for nothing; `kill` has to follow."""
+
+    def kill(self, until: float | None = None) -> None:
+        """End it at once; the result is then an error.
+
+        Args:
+            until: how long its end is waited for, on the monotonic clock; None: `KILL_SECONDS` from now.
+        """
+
+
+def kill_all(calls: Sequence[BackgroundCall]) -> None:
+    """End several at once: if storage holds them, they are waited for together and no longer than one."""
+    for call in calls:
+        call.halt()
+    until = time.monotonic() + KILL_SECONDS
+    for call in calls:
+        call.kill(until)
+
+
+def seconds_until(until: float | None) -> float:
+    """How long the end of a killed process is still waited for."""
+    return KILL_SECONDS if until is None else max(0.0, until - time.monotonic())
 
 
 class FinishedCall(Generic[T]):
@@ -85,7 +106,10 @@ class FinishedCall(Generic[T]):
         """What has come of it."""
         return self._outcome
 
-    def kill(self) -> None:
+    def halt(self) -> None:
+        """There is nothing to end."""
+
+    def kill(self, until: float | None = None) -> None:
         """There is nothing to end."""
 
 
@@ -158,16 +182,21 @@ class ForkedCall(Generic[T]):
             raise self._error
         return self._outcome  # type: ignore[return-value]
 
-    def kill(self) -> None:
+    def halt(self) -> None:
+        """Send the process SIGKILL; `kill` has to follow."""
+        if not self._done:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def kill(self, until: float | None = None) -> None:
         """End the process at once; the result is then an error."""
         if not self._done:
-            self._give_up(f"the process of {self.name} was killed by SIGKILL")
+            self._give_up(f"the process of {self.name} was killed by SIGKILL", until)
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str, until: float | None = None) -> None:
         """End the process; one that storage holds, so that no signal reaches it, is left behind."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        if self._receiver.poll(KILL_SECONDS):
+        self.halt()
+        if self._receiver.poll(seconds_until(until)):
             self._collect()
         else:
             logger.error("process %d of %s cannot be ended: storage holds it", self.pid, self.name)

@@ -1,12 +1,14 @@
 """What a save captures, in steps that are each local or collective, never both.
 
-A rank that fails in a local step has left no other waiting, because all ranks agree on its success before the
-next step begins.
+Local steps that follow one another end in one agreement, so that a rank that fails in one of them leaves no other
+waiting in a collective: the caller carries out what is first, and then, in an agreement of its own, what is last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from bridge.training.checkpointing.agreement import Ranks
@@ -33,6 +35,7 @@ from bridge.training.checkpointing.contents.state_dict import RNG, joined, optim
 from bridge.training.checkpointing.contents.tokenizer import tokenizer_sidecars
 from bridge.training.checkpointing.contents.train_state import train_state_sidecar
 from bridge.training.checkpointing.contents.vocabulary import VOCABULARY, vocabulary_size
+from bridge.training.checkpointing.failed_steps import attempted, step
 from bridge.training.checkpointing.plans.adapters import adapters_of_run
 from bridge.training.checkpointing.plans.resharding import FSDP_DTENSOR
 from bridge.training.checkpointing.sidecar import Sidecar
@@ -55,6 +58,23 @@ class LiveObjects:
     module_name: str | None
 
 
+@dataclass(frozen=True)
+class Captured:
+    """What one rank has captured by itself."""
+
+    metadata: dict[str, Any]
+    """The checkpoint's content metadata."""
+    sidecars: list[Sidecar]
+    prebuilt: dict[str, Any] | None
+    """The state dict, if it is not to be generated."""
+    building: dict[str, Any]
+    """How the state dict is generated, as for `generate_state_dict`."""
+    model: dict[str, Any]
+    """The model's sections."""
+    random_state: dict[str, Any] | None
+    rerun_state: dict[str, Any] | None
+
+
 def collect(live: LiveObjects, prebuilt_state_dict: dict[str, Any] | None, ranks: Ranks) -> Contents:
     """Capture everything that a save writes. Collective.
 
@@ -66,12 +86,48 @@ def collect(live: LiveObjects, prebuilt_state_dict: dict[str, Any] | None, ranks
     Raises:
         CheckpointError: a part could not be captured on some rank. Every rank raises.
     """
-    metadata, sidecars = ranks.run("collecting the state", lambda: (_content_metadata(live), _sidecars(live)))
+    captured = ranks.run("collecting the state", lambda: capture(live, prebuilt_state_dict))
+    return ranks.run("completing the state", exchange(live, captured, ranks))
+
+
+def capture(live: LiveObjects, prebuilt_state_dict: dict[str, Any] | None) -> Captured:
+    """The first step: what this rank knows by itself. Local; `exchange` follows when all ranks have done it."""
+    with step("collecting the state"):
+        metadata, sidecars = _content_metadata(live), _sidecars(live)
+    cfg = live.state.cfg.checkpoint
+    building = {"metadata": {**metadata, "dp_cp_group": live.groups.dp_cp}}
+    if live.state.peft is not None:
+        metadata = metadata | adapters_of_run(live.state.cfg.peft, live.state.base_checkpoint).mark()
     if prebuilt_state_dict is not None:
-        state_dict = dict(prebuilt_state_dict)
-    else:
-        state_dict = _generate(live, metadata, ranks)
-    return ranks.run("completing the state", lambda: _complete(live, state_dict, metadata, sidecars))
+        return Captured(metadata, sidecars, dict(prebuilt_state_dict), building, {}, None, None)
+    with step("collecting the model's state"):
+        if cfg.save_optim:
+            allocate_optimizer_state(live.optimizer)
+        random_state = capture_rng_state(cfg.ckpt_format) if cfg.save_rng else None
+        rerun_state = get_rerun_state(cfg.ckpt_format)
+        model = generate_model_state_dict(live.model, building, cfg.ckpt_format)
+    return Captured(metadata, sidecars, None, building, model, random_state, rerun_state)
+
+
+def exchange(live: LiveObjects, captured: Captured, ranks: Ranks) -> Callable[[], Contents]:
+    """The second step: what ranks must tell one another. Collective.
+
+    Returns:
+        The third step, which is local and belongs into the next agreement: it returns what is saved, or raises what
+        has failed on this rank since the one before. It may be called again.
+
+    Raises:
+        CheckpointError: ranks have agreed on a failure already.
+    """
+    prebuilt = captured.prebuilt
+    state_dict = _generate(live, captured, ranks) if prebuilt is None else lambda: prebuilt
+
+    @cache
+    def complete() -> Contents:
+        with step("completing the state"):
+            return _complete(live, state_dict(), captured.metadata, captured.sidecars)
+
+    return complete
 
 
 def _content_metadata(live: LiveObjects) -> dict[str, Any]:
@@ -98,39 +154,38 @@ def _sidecars(live: LiveObjects) -> list[Sidecar]:
     return sidecars
 
 
-def _generate(live: LiveObjects, metadata: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """`generate_state_dict`, with agreement between its parts."""
-    cfg = live.state.cfg
-    ckpt_format = cfg.checkpoint.ckpt_format
-    building = {"metadata": {**metadata, "dp_cp_group": live.groups.dp_cp}}
-
-    def capture() -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:
-        if cfg.checkpoint.save_optim:
-            allocate_optimizer_state(live.optimizer)
-        random_state = capture_rng_state(ckpt_format) if cfg.checkpoint.save_rng else None
-        rerun_state = get_rerun_state(ckpt_format)
-        return generate_model_state_dict(live.model, building, ckpt_format), random_state, rerun_state
-
-    model, random_state, rerun_state = ranks.run("collecting the model's state", capture)
-    rng: Any = None
-    if random_state is not None:
-        random_init = cfg.rng.data_parallel_random_init or has_states_of_replicas(ckpt_format, live.groups)
-        states = ranks.run(
-            "gathering the random states",
-            lambda: gather_rng_states(random_state, random_init, pg_collection=live.groups),
-        )
-        if ckpt_format == FSDP_DTENSOR:
-            rng = keyed_rng_state(states, pg_collection=live.groups)
-        else:
-            rng = sharded_rng_state(states, pg_collection=live.groups, module_name=live.module_name)
-    optimizer = ranks.run(
+def _generate(live: LiveObjects, captured: Captured, ranks: Ranks) -> Callable[[], dict[str, Any]]:
+    """`generate_state_dict`, from what was captured. Collective; what is returned is local, as that of `exchange`."""
+    cfg = live.state.cfg.checkpoint
+    states = _random_states(live, captured, ranks)
+    optimizer = attempted(
         "collecting the optimizer's state",
-        lambda: optimizer_part(cfg.checkpoint, live.optimizer, live.scheduler, model, building),
+        lambda: optimizer_part(cfg, live.optimizer, live.scheduler, captured.model, captured.building),
     )
-    state_dict = joined(model, optimizer, rng, live.state.train_state.step, rerun_state)
-    if ckpt_format == FSDP_DTENSOR:
-        return preprocess_on_all_ranks(cfg, state_dict, live.model[0], ranks)
-    return state_dict
+
+    def join() -> dict[str, Any]:
+        sections, rng = optimizer(), None
+        if states is not None and cfg.ckpt_format == FSDP_DTENSOR:
+            rng = keyed_rng_state(states, pg_collection=live.groups)
+        elif states is not None:
+            rng = sharded_rng_state(states, pg_collection=live.groups, module_name=live.module_name)
+        return joined(captured.model, sections, rng, live.state.train_state.step, captured.rerun_state)
+
+    if cfg.ckpt_format == FSDP_DTENSOR:
+        state_dict = preprocess_on_all_ranks(live.state.cfg, ranks.run("joining the state", join), live.model[0], ranks)
+        return lambda: state_dict
+    return join
+
+
+def _random_states(live: LiveObjects, captured: Captured, ranks: Ranks) -> list[dict[str, Any]] | None:
+    """The random states that this rank saves: those of its replicas too, if they have states of their own."""
+    own, cfg = captured.random_state, live.state.cfg
+    if own is None:
+        return None
+    apart = cfg.rng.data_parallel_random_init or has_states_of_replicas(cfg.checkpoint.ckpt_format, live.groups)
+    if not apart:
+        return [own]
+    return ranks.run("gathering the random states", lambda: gather_rng_states(own, apart, pg_collection=live.groups))
 
 
 def _complete(
@@ -140,7 +195,6 @@ def _complete(
     state = live.state
     if state.peft is not None:
         state_dict = apply_peft_adapter_filter_to_state_dict(state_dict, state.peft)
-        metadata = metadata | adapters_of_run(state.cfg.peft, state.base_checkpoint).mark()
     if Ranks.current().is_first:
         has_optimizer, has_rng = OPTIMIZER in state_dict, RNG in state_dict
         sidecars = [*sidecars, run_config_sidecar(state.cfg, has_optimizer=has_optimizer, has_rng=has_rng)]

@@ -65,10 +65,15 @@ def make_ready(save_dir: Path, setting: str = "checkpoint.save", wait_seconds: f
 
 def begin_staging(save_dir: Path, iteration: int) -> Path:
     """Make the directory in which the ranks write one save; nothing in it counts until it is published."""
-    make_directory(save_dir)
     staging = save_dir / new_saving_name(iteration)
-    staging.mkdir()
+    make_staging(staging)
     return staging
+
+
+def make_staging(staging: Path) -> None:
+    """`begin_staging`, with a name that all ranks know. It may be called again after it has failed."""
+    make_directory(staging.parent)
+    staging.mkdir(exist_ok=True)
 
 
 def seal(staging: Path, manifest: Manifest) -> None:

@@ -73,9 +73,14 @@ def dataloader_state_name(data_parallel_rank: int) -> str:
     return f"{DATALOADER_DIRECTORY}/train_dataloader_dprank{data_parallel_rank:03d}.pt"
 
 
-def new_saving_name(iteration: int) -> str:
-    """A staging name that no earlier save has used, so the remains of a dead one cannot write into it."""
-    return f"{SAVING_PREFIX}{iteration_name(iteration)}-{secrets.token_hex(4)}"
+def new_saving_name(iteration: int, token: str = "") -> str:
+    """A staging name that no earlier save has used, so the remains of a dead one cannot write into it.
+
+    Args:
+        iteration: of the save.
+        token: eight hexadecimal digits that no other save has; random ones if empty.
+    """
+    return f"{SAVING_PREFIX}{iteration_name(iteration)}-{token or secrets.token_hex(4)}"
 
 
 def new_trash_name(name: str) -> str:

@@ -32,6 +32,7 @@ from bridge.training.checkpointing.objects.loading import (
     open_source,
 )
 from bridge.training.checkpointing.objects.places import save_directory
+from bridge.training.checkpointing.objects.run import report_uploads_to
 from bridge.training.checkpointing.parallel import default_pg_collection
 from bridge.training.checkpointing.plans.load_plan import Saved
 from bridge.training.checkpointing.preparing import prepare
@@ -102,6 +103,7 @@ def load_checkpoint(
     preparation = None if cfg.save is None else prepare(cfg, context, live.groups, len(model), ranks)
     if cfg.save is not None and ranks.is_first and state.cfg.logger.checkpoint_events:
         record_in(state.events, save_directory(cfg))
+    report_uploads_to(state.events, context)
     tier = None if preparation is None else preparation.tier
     candidates = _candidates(state.cfg, _continued(cfg, tier, ranks), ranks)
     if candidates.waiting:

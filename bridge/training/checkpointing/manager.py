@@ -17,6 +17,7 @@ from bridge.training.checkpointing.preparing import release
 from bridge.training.checkpointing.queue import maybe_finalize_async_save
 from bridge.training.checkpointing.retention.trash import FINISH_SECONDS, Trash, trash_of
 from bridge.training.checkpointing.saving import save_checkpoint
+from bridge.training.checkpointing.warming import WarmUp
 
 _DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _METHODS = ("save", "load", "finalize_async_saves")
@@ -91,6 +92,7 @@ class DefaultCheckpointManager:
     def __init__(self, checkpoint_config: Any) -> None:
         self.checkpoint_config = checkpoint_config
         self._context: dict[str, Any] = {}
+        self._warm_up = WarmUp(checkpoint_config, self._context)
 
     @property
     def checkpointing_context(self) -> dict[str, Any]:
@@ -115,6 +117,7 @@ class DefaultCheckpointManager:
 
     def load(self, ctx: CheckpointLoadContext) -> tuple[int, int]:
         """Load a checkpoint; see `load_checkpoint`."""
+        self._warm_up.know(ctx.model, ctx.optimizer, ctx.pg_collection)
         return load_checkpoint(
             ctx.state,
             ctx.model,
@@ -131,8 +134,11 @@ class DefaultCheckpointManager:
         """Finish asynchronous saves; see `maybe_finalize_async_save`.
 
         With `terminate`, which ends a run in good order, the memory of its in-memory checkpoints is freed and the
-        deletion of old checkpoints waited for as well, and so are uploads to object storage.
+        deletion of old checkpoints waited for as well, and so are uploads to object storage. Without `blocking`, the
+        first calls also begin to make ready what the first asynchronous save needs.
         """
+        if not blocking:
+            self._warm_up.before_step(state)
         maybe_finalize_async_save(state, self.checkpoint_config, blocking=blocking, terminate=terminate)
         if terminate:
             trash = trash_of(self._context)

@@ -18,12 +18,15 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.background import BackgroundCall, ForkedCall
+from bridge.training.checkpointing.background import BackgroundCall, ForkedCall, kill_all
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError, RankLostError
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.meeting import Meeting
 
 logger = logging.getLogger(__name__)
+
+Finish = Callable[[str, Callable[[], Any]], None]
+"""Ends a save, on all ranks together: given what messages call its writing, and what returns this rank's outcome."""
 
 Settle = Callable[[bool, CheckpointError | None], None]
 """Told how a save ended: whether it is a persistent one, and why it failed, or None."""
@@ -41,6 +44,7 @@ class _Pending:
     call: BackgroundCall | None
     request: AsyncRequest
     receive: Callable[[Any], None] | None
+    finish: Finish | None
     abandon: Callable[[], None] | None
     failed: Callable[[BaseException], None] | None
     halted: Callable[[], None] | None
@@ -75,6 +79,7 @@ class SaveQueue:
         failed: Callable[[BaseException], None] | None = None,
         halted: Callable[[], None] | None = None,
         start: Callable[[str], BackgroundCall | None] | None = None,
+        finish: Finish | None = None,
     ) -> None:
         """Start a request's function in a forked process and remember what finalizes it.
 
@@ -92,6 +97,8 @@ class SaveQueue:
             halted: told on this rank that the caller waits from now on, for the writing or for the finalize functions.
             start: starts what takes the place of the forked function, given a name for messages; None, or a return
                 value of None, leaves it to that.
+            finish: takes the place of the agreement that all ranks' processes have succeeded, and of the finalize
+                functions.
 
         Raises:
             CheckpointError: a rank could not start its process.
@@ -110,7 +117,9 @@ class SaveQueue:
         (call,) = started
         self.scheduled += 1
         self._pending.append(
-            _Pending(label, persistent, call, request, receive, abandon, failed, halted, Ranks.current().meeting())
+            _Pending(
+                label, persistent, call, request, receive, finish, abandon, failed, halted, Ranks.current().meeting()
+            )
         )
 
     def finalize(self, blocking: bool = False, settle: Settle = _raise) -> int:
@@ -153,12 +162,17 @@ class SaveQueue:
 
     @staticmethod
     def _finish(save: _Pending, ranks: Ranks) -> None:
-        def collect() -> None:
+        def collect() -> Any:
             value = None if save.call is None else save.call.result()
             if save.receive is not None:
                 save.receive(value)
+            return value
 
-        ranks.run(f"writing {save.label}", collect)
+        phase = f"writing {save.label}"
+        if save.finish is not None:
+            save.finish(phase, collect)
+            return
+        ranks.run(phase, collect)
         for function in save.request.finalize_fns:
             ranks.run(f"finalizing {save.label}", function)
 
@@ -170,10 +184,9 @@ class SaveQueue:
         """
         pending = list(self._pending)
         self._pending.clear()
-        for save in pending:
-            if save.call is not None:
-                with _logging_trouble(f"ending the background writer of {save.label}"):
-                    save.call.kill()
+        calls = [save.call for save in pending if save.call is not None]
+        with _logging_trouble(f"ending the background writers of {', '.join(save.label for save in pending)}"):
+            kill_all(calls)
         for save in pending:
             logger.warning("abandoned %s; what it has written is left for the next start", save.label)
             if save.failed is not None:

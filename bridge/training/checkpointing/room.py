@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from bridge.training.checkpointing.agreement import Ranks
@@ -37,16 +38,24 @@ def has_room_for_recent_size(room: SharedDirectory | None) -> bool:
     return size is not None and room.has(size)
 
 
-def require_state_size(room: SharedDirectory | None, state_dict: dict[str, Any], iteration: int, ranks: Ranks) -> None:
+def require_state_size(
+    room: SharedDirectory | None, state_dict: Callable[[], dict[str, Any]], iteration: int, ranks: Ranks
+) -> None:
     """Require room for the bytes of a sharded state dict, all ranks' together. Collective.
+
+    Args:
+        room: where; None: nothing is required.
+        state_dict: returns that of this rank; local.
+        iteration: of the save.
+        ranks: all ranks.
 
     Raises:
         NotEnoughSpaceError: there is too little. Every rank raises.
     """
     if room is None:
         return
-    own = ranks.run("measuring the state", lambda: state_bytes(state_dict, ranks))
-    size = Estimate(sum(ranks.gather_all("adding up the size of the state", own)), "the bytes of the state")
+    own = ranks.collect("measuring the state", lambda: state_bytes(state_dict(), ranks))
+    size = Estimate(sum(own), "the bytes of the state")
     ranks.first("checking the free space", lambda: room.require(size, iteration))
 
 

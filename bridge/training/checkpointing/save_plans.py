@@ -9,14 +9,22 @@ from typing import Any
 
 from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.collecting import LiveObjects, collect
+from bridge.training.checkpointing.collecting import (
+    Captured,
+    LiveObjects,
+    capture,
+    collect,
+    exchange,
+)
 from bridge.training.checkpointing.contents.extra_state import is_model_section
+from bridge.training.checkpointing.failed_steps import step
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.formats import Format
 from bridge.training.checkpointing.formats.planning import SavePlanning
 from bridge.training.checkpointing.formats.registry import format_named
 from bridge.training.checkpointing.io.background_writer import BACKGROUND_WRITER, BackgroundWriter
+from bridge.training.checkpointing.layout import new_saving_name
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.room import (
     has_room_for_recent_size,
@@ -81,26 +89,35 @@ def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
     form = _format(job, ranks)
     target = replace(target, checkpoint_format=form.name)
 
-    def begin() -> tuple[Path, bool]:
+    staging = target.save_dir / new_saving_name(target.iteration, ranks.new_name())
+
+    def begin() -> bool:
         # The directory may have been deleted since the start of the run, and its lock with it.
         if isinstance(job.tier, GlobalTier) and target.kind == job.tier.kind:
             job.tier.take_over()
             commit.make_ready(target.save_dir, GLOBAL_SETTING)
         else:
             commit.make_ready(target.save_dir)
-        return commit.begin_staging(target.save_dir, target.iteration), has_room_for_recent_size(room)
+        commit.make_staging(staging)
+        return has_room_for_recent_size(room)
 
-    phase = "making the staging directory"
-    staging, room_is_checked = ranks.first(phase, lambda: with_retries(phase, begin, policy, rank=0))
+    def begin_and_capture() -> tuple[Captured, bool]:
+        has_room = True
+        if ranks.is_first:
+            phase = "making the staging directory"
+            with step(phase, for_all=True):
+                has_room = with_retries(phase, begin, policy, rank=0)
+        return capture(job.live, job.prebuilt_state_dict), has_room
+
     try:
-        contents = collect(job.live, job.prebuilt_state_dict, ranks)
+        captured, room_is_checked = ranks.run_and_ask("beginning the save", begin_and_capture)
+        contents = exchange(job.live, captured, ranks)
         if not room_is_checked:
-            require_state_size(room, contents.state_dict, target.iteration, ranks)
-        layout = _layout(groups, contents.state_dict)
+            require_state_size(room, lambda: contents().state_dict, target.iteration, ranks)
         payload, job.context[SAVE_STRATEGY] = form.plan_save(
-            contents.state_dict,
+            lambda: contents().state_dict,
             staging,
-            contents.content_metadata,
+            captured.metadata,
             ranks,
             strategy=job.context.get(SAVE_STRATEGY) or _first_planning(job.live.state),
             writers_per_rank=cfg.storage_writers_per_rank,
@@ -114,15 +131,15 @@ def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
             target,
             staging,
             payload,
-            contents.sidecars,
-            layout,
+            contents().sidecars,
+            _layout(groups, contents().state_dict),
             job.announce,
             job.started,
             metrics,
             policy=policy,
             start=job.start,
             checksum=cfg.checksum,
-            writer=_writer_of(job.context) if cfg.async_save and cfg.io_backend == "direct" else None,
+            writer=writer_of(job.context) if cfg.async_save and cfg.io_backend == "direct" else None,
         )
     except BaseException:
         if ranks.is_first:
@@ -146,7 +163,8 @@ def _first_planning(state: Any) -> SavePlanning:
     return SavePlanning(None if state.loaded_from is None else Path(state.loaded_from))
 
 
-def _writer_of(context: dict[str, Any]) -> BackgroundWriter:
+def writer_of(context: dict[str, Any]) -> BackgroundWriter:
+    """This rank's background writer, made where the checkpointing context has none."""
     writer: BackgroundWriter = context.setdefault(BACKGROUND_WRITER, BackgroundWriter())
     return writer
 

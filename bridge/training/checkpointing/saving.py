@@ -18,13 +18,13 @@ from bridge.training.callbacks import CallbackContext, CallbackManager, Checkpoi
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.collecting import LiveObjects
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError
-from bridge.training.checkpointing.events.recording import SaveRecord, record_in, record_retention
+from bridge.training.checkpointing.events.recording import SaveRecord, record_in, record_retention, record_skipped
 from bridge.training.checkpointing.failures.attempting import attempt
 from bridge.training.checkpointing.failures.policy import LASTING, FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.io.background_writer import Patience
 from bridge.training.checkpointing.objects.places import directory_policies, save_directory
-from bridge.training.checkpointing.objects.run import not_uploaded, upload, wait_for_uploads
+from bridge.training.checkpointing.objects.run import not_uploaded, report_uploads_to, upload, wait_for_uploads
 from bridge.training.checkpointing.parallel import default_pg_collection
 from bridge.training.checkpointing.preparing import begin_to_save, prepare
 from bridge.training.checkpointing.queue import finish_saves, is_empty_async_queue, queue_of
@@ -107,7 +107,10 @@ def save_checkpoint(
     earlier = _finish_earlier_saves(state, target) if target.kind != "in_memory" else None
     waited = time.monotonic() - waiting_since
     if target.kind != "in_memory" and not is_empty_async_queue(state):
-        if ranks.is_first:
+        is_first = record_skipped(
+            state.events, preparation.pace, target.iteration, target.kind, cfg.ckpt_format, target.save_dir
+        )
+        if is_first and ranks.is_first:
             logger.warning(
                 "the %s of iteration %d is skipped: the one before is still being written; set "
                 "checkpoint.async_when_busy to 'wait', or save less often",
@@ -134,16 +137,19 @@ def save_checkpoint(
     )
 
     def announce(committed: Committed) -> None:
+        # Ranks do not agree on this: the checkpoint is published, and what fails from here on does not concern it.
         preparation.newest[committed.kind == "persistent"] = committed.iteration
         record.committed(committed, speak=ranks.is_first)
         _announce(committed, state, model, optimizer, opt_param_scheduler, callback_manager)
-        ranks.first("removing older checkpoints", lambda: _retain(committed, state, context))
+        if ranks.is_first:
+            _retain(committed, state, context)
 
     def save() -> None:
         task: SaveTask | None = None
         not_in_place = ""
         try:
             if not non_persistent_ckpt:
+                report_uploads_to(state.events, context)
                 not_in_place = wait_for_uploads(cfg, context, ranks)
             start = begin_to_save(preparation, state, target.iteration, persistent=not non_persistent_ckpt, ranks=ranks)
             job = SaveJob(
@@ -200,23 +206,17 @@ def _carry_out(save: SaveTask, state: Any, ranks: Ranks, record: SaveRecord) -> 
     def write() -> Any:
         return with_retries(f"writing {label}", save.write, policy, ranks.rank)
 
-    def accept(report: Any) -> None:
-        record.written()
-        save.accept(report)
-
     if not record.background:
         record.captured()
-        accept(ranks.run(f"writing {label}", write))
-        save.publish()
+        save.finish(f"writing {label}", write, record.written)
         return
     cfg = state.cfg.checkpoint
     # Before the other ranks, which may be waiting for this one, give it up.
     storage_seconds = _PATIENCE * 60.0 * cfg.wait_timeout_minutes
     patience = Patience(cfg.writer_stall_seconds, storage_seconds, policy.waits, tuple(LASTING))
     queue_of(state).schedule(
-        AsyncRequest(write, (), [save.publish]),
+        AsyncRequest(write, (), []),
         label,
-        receive=accept,
         abandon=save.abandon,
         persistent=save.target.kind == "persistent",
         stall_seconds=cfg.writer_stall_seconds,
@@ -224,6 +224,7 @@ def _carry_out(save: SaveTask, state: Any, ranks: Ranks, record: SaveRecord) -> 
         failed=lambda error: record.failed(error, published=save.published),
         halted=record.halted,
         start=lambda name: save.begin(name, patience),
+        finish=lambda phase, collect: save.finish(phase, collect, record.written),
     )
     record.captured()
 
@@ -263,6 +264,13 @@ def _finish_earlier_saves(state: Any, target: SaveTarget) -> CheckpointError | N
 
 def _retain(committed: Committed, state: Any, context: dict[str, Any]) -> None:
     """Let older checkpoints go that nothing keeps. Rank 0; never raises, because the new one is published."""
+    try:
+        _sweep(committed, state, context)
+    except Exception:
+        logger.exception("older checkpoints in %s stay until the next save", committed.path.parent)
+
+
+def _sweep(committed: Committed, state: Any, context: dict[str, Any]) -> None:
     cfg, trash = state.cfg.checkpoint, trash_of(context)
     if committed.kind == "persistent":
         in_use = needed_again(cfg, state.loaded_from, state.base_checkpoint)

@@ -20,6 +20,7 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.background import BackgroundCall, FinishedCall
 from bridge.training.checkpointing.checksums import DEFAULT
 from bridge.training.checkpointing.errors import CheckpointSaveError
+from bridge.training.checkpointing.failed_steps import step
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.files import sync_directory, sync_file, write_file
@@ -105,11 +106,17 @@ class SaveTask(Protocol):
     def begin(self, name: str, patience: Patience) -> BackgroundCall | None:
         """Have this rank's part written by a process that is there for it, from a copy; see `Save.begin`."""
 
-    def accept(self, report: Any) -> None:
-        """Take the report of this rank's write."""
+    def finish(self, phase: str, write: Callable[[], Any], written: Callable[[], None]) -> None:
+        """Agree that every rank has written, and make the save a checkpoint. Collective.
 
-    def publish(self) -> None:
-        """Make the save a checkpoint; collective, called when every rank has written."""
+        Args:
+            phase: what messages call the writing.
+            write: ends in this rank's report: `write`, or what waits for it. Local.
+            written: called when every rank has written, as soon as this one knows.
+
+        Raises:
+            CheckpointError: a rank could not write, or the checkpoint could not be published. Every rank raises.
+        """
 
     def abandon(self) -> None:
         """Remove what a failed save has written; local, and harmless where there is nothing."""
@@ -138,7 +145,6 @@ class Save:
     """The kind of checksum that the manifest gets."""
     writer: BackgroundWriter | None = None
     """Writes in the background, if that is wanted."""
-    report: RankReport | None = field(default=None)
     published: bool = field(default=False)
     """On rank 0, which publishes it."""
 
@@ -199,15 +205,18 @@ class Save:
             lambda records, seconds: RankReport(records, result, metrics, seconds),
         )
 
-    def accept(self, report: RankReport) -> None:
-        """Take the report of this rank's write."""
-        self.report = report
-
-    def publish(self) -> None:
-        """Commit the save and tell the world; collective, called when every rank has written."""
+    def finish(self, phase: str, write: Callable[[], RankReport], written: Callable[[], None]) -> None:
+        """Collect what every rank wrote, commit the save and tell the world; see `SaveTask.finish`."""
         ranks = Ranks.current()
-        reports = ranks.gather_first("collecting what every rank wrote", self.report)
-        committed = ranks.first("publishing the checkpoint", lambda: self._commit(reports or []))
+
+        def conclude(reports: list[RankReport]) -> Committed:
+            written()
+            with step("publishing the checkpoint"):
+                return self._commit(reports)
+
+        committed = ranks.conclude(phase, write, conclude)
+        if not ranks.is_first:
+            written()
         self.announce(committed)
 
     def abandon(self) -> None:
@@ -215,10 +224,9 @@ class Save:
         if Ranks.current().is_first:
             commit.abandon(self.staging)
 
-    def _commit(self, reports: list[RankReport | None]) -> Committed:
-        written = [report for report in reports if report is not None]
-        results = [report.result for report in written]
-        records = [record for report in written for record in report.files]
+    def _commit(self, reports: list[RankReport]) -> Committed:
+        results = [report.result for report in reports]
+        records = [record for report in reports for record in report.files]
         records += self._retrying("completing the files", lambda: self._complete(results))
         manifest = Manifest(
             iteration=self.target.iteration,
@@ -229,7 +237,7 @@ class Save:
             files=tuple(sorted(records, key=lambda record: record.name)),
             created=time.time(),
             start=self.start,
-            metrics=merged_metrics([report.metrics for report in written]),
+            metrics=merged_metrics([report.metrics for report in reports]),
         )
         train_state = (self.staging / TRAIN_STATE).read_bytes()
         self._retrying("sealing the files", lambda: commit.seal(self.staging, manifest))
@@ -240,7 +248,7 @@ class Save:
             lambda: commit.move_trackers(self.target.save_dir, self.target.iteration, train_state),
         )
         seconds = time.monotonic() - self.started
-        slowest = max((report.seconds for report in written), default=None)
+        slowest = max((report.seconds for report in reports), default=None)
         return Committed(
             path, self.target.iteration, self.target.kind, manifest.total_bytes, seconds, slowest, manifest.metrics
         )

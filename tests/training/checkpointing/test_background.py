@@ -158,6 +158,7 @@ def test_a_process_that_storage_holds_is_not_waited_for_for_ever(tmp_path: Path)
         time.sleep(0.02)
     with pytest.raises(CheckpointSaveError, match=r"waits for storage and has done nothing for 1 s"):
         call.result()
+    os.close(os.open(tmp_path / "fifo", os.O_RDWR))  # lets go what was spawned
 
 
 @pytest.mark.usefixtures("_short_looks")
@@ -181,6 +182,32 @@ def test_kill_ends_it_at_once() -> None:
     call.kill()
     assert call.poll()
     assert not _is_running(call.pid)
+
+
+def test_several_are_waited_for_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The time is over when the turn of the second comes. It has been told to end before, and has ended."""
+
+    def held() -> None:
+        if os.fork() == 0:  # keeps the connection open, as a process would that storage holds
+            (tmp_path / "pid").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    monkeypatch.setattr(background, "KILL_SECONDS", 0.5)
+    calls = [ForkedCall(held, "the first"), ForkedCall(lambda: time.sleep(60), "the second")]
+    while not ((file := tmp_path / "pid").exists() and file.read_text()):
+        time.sleep(0.01)
+    background.kill_all(calls)
+    os.kill(int(file.read_text()), signal.SIGKILL)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"process {calls[0].pid} of the first cannot be ended: storage holds it"
+    ]
+    assert not psutil.pid_exists(calls[1].pid)
+    for call in calls:
+        with pytest.raises(CheckpointSaveError, match=r"was killed by SIGKILL$"):
+            call.result()
+    os.waitpid(calls[0].pid, 0)
 
 
 def test_a_child_that_hangs_inside_fork_is_forked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

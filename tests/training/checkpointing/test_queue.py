@@ -154,7 +154,7 @@ def test_an_aborted_save_is_ended_and_what_it_has_written_is_left_to_the_next_st
     queue.schedule(AsyncRequest(None, (), []), "another", abandon=abandon, failed=failed)
     call = queue._pending[0].call
     assert call is not None
-    while not (staging / "shard").exists():
+    while not (staging / "shard").exists() or not (staging / "shard").stat().st_size:
         time.sleep(0.01)
     queue.abort()
     assert told == ["abandoned, because the run ended before it was published"] * 2

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bridge.training.checkpointing.agreement import Ranks
+from bridge.training.checkpointing.formats.apart import State
 from bridge.training.checkpointing.integrity import FileRecord
 from bridge.training.checkpointing.io.elsewhere import Shards
 from bridge.training.checkpointing.io.strategy import IoBackend
@@ -65,7 +66,7 @@ class PlanSave(Protocol):
 
     def __call__(
         self,
-        state_dict: dict[str, Any],
+        state_dict: State,
         directory: Path,
         content_metadata: dict[str, Any],
         ranks: Ranks,

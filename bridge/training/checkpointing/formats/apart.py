@@ -5,10 +5,19 @@ The result is that of megatron-core's `save_preprocess`, which passes through th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedTensorFactory
+
+State = dict[str, Any] | Callable[[], dict[str, Any]]
+"""A sharded state dict; or what returns it, a local step that is told of in the next agreement if it fails."""
+
+
+def state_of(state: State) -> dict[str, Any]:
+    """The state dict. Local."""
+    return state if isinstance(state, dict) else state()
 
 
 class _Kind(Enum):

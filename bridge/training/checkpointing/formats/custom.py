@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import CheckpointMismatchError, CheckpointSaveError
 from bridge.training.checkpointing.formats import Format, PayloadWrite, PlanSave
+from bridge.training.checkpointing.formats.apart import State
 from bridge.training.checkpointing.formats.objects import object_sidecar
 from bridge.training.checkpointing.formats.planning import SavePlanning
 from bridge.training.checkpointing.formats.prepared import prepare, share_out
@@ -87,7 +88,7 @@ def imported_strategy(path: str) -> SaveShardedStrategy:
 
 
 def _plan_save(
-    state_dict: dict[str, Any],
+    state_dict: State,
     directory: Path,
     content_metadata: dict[str, Any],
     ranks: Ranks,

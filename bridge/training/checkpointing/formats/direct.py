@@ -4,44 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from bridge.training.checkpointing.checksums import DEFAULT
+from bridge.training.checkpointing.failed_steps import step
 from bridge.training.checkpointing.formats.planning import PlannedFile
 from bridge.training.checkpointing.formats.values import stored_objects, stored_tensor
 from bridge.training.checkpointing.integrity import FileRecord
 from bridge.training.checkpointing.io.framing import Frames
 from bridge.training.checkpointing.io.image import FileContents, FileImage, lay_out, results_of
 from bridge.training.checkpointing.io.writing import write_images
+from bridge.training.checkpointing.safety.payload_metadata import without_collector
 
 
 @dataclass(frozen=True)
 class DirectWrite:
-    """This rank's files, laid out. Tensors are those of the run: they are read when they are written."""
+    """This rank's files. Tensors are those of the run: they are read when they are written."""
 
-    images: list[FileImage]
+    lay_out: Callable[[], list[FileImage]]
     directory: Path
-    report: Callable[[list[Any]], Any]
-    """Makes of torch's write results what goes to rank 0."""
+    report: Callable[[list[FileImage]], Any]
+    """Makes of the files, laid out, what goes to rank 0."""
 
     @classmethod
     def of(
         cls,
-        files: Iterable[FileContents],
+        files: Callable[[], Iterable[FileContents]],
         directory: Path,
         frames: Frames,
-        report: Callable[[list[Any]], Any] = lambda results: results,
+        report: Callable[[list[FileImage]], Any] = results_of,
     ) -> DirectWrite:
-        """Lay out files.
+        """Files that are laid out when they are first asked for: by then, what goes into them must not have changed.
 
         Args:
             files: what they hold.
             directory: that they go into.
             frames: what is known of records.
-            report: makes of torch's write results what goes to rank 0.
+            report: makes of the files, laid out, what goes to rank 0; torch's write results unless something else does.
         """
-        return cls([lay_out(contents, frames) for contents in files], directory, report)
+        return cls(lambda: [lay_out(contents, frames) for contents in files()], directory, report)
+
+    @cached_property
+    def images(self) -> list[FileImage]:
+        """The files, laid out. Local; what fails is told as a step of its own."""
+        with step("staging what this rank writes"), without_collector():
+            return self.lay_out()
 
     def write(self, checksum: str = DEFAULT) -> tuple[list[FileRecord | str], Any]:
         """Write and sync the files; return their records and the result for rank 0."""
@@ -54,7 +63,8 @@ class DirectWrite:
 
     def result(self) -> Any:
         """What rank 0 has to know of the files. It is known before anything is written."""
-        return self.report(results_of(self.images))
+        with without_collector():
+            return self.report(self.images)
 
 
 def contents_of(files: Iterable[PlannedFile], state: Sequence[Any]) -> list[FileContents]:

@@ -26,6 +26,7 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.checksums import DEFAULT
 from bridge.training.checkpointing.errors import CheckpointSaveError
 from bridge.training.checkpointing.formats import Format, Loaded, PayloadWrite
+from bridge.training.checkpointing.formats.apart import State, state_of
 from bridge.training.checkpointing.formats.direct import DirectWrite
 from bridge.training.checkpointing.formats.fsdp_dtensor_reading import Values, read_objects, read_values
 from bridge.training.checkpointing.formats.writing import write_buckets
@@ -53,7 +54,7 @@ def create_fsdp_dtensor_storage_writer(checkpoint_path: str) -> FileSystemWriter
 
 
 def plan_save(
-    state_dict: dict[str, Any],
+    state_dict: State,
     directory: Path,
     content_metadata: dict[str, Any],
     ranks: Ranks,
@@ -77,7 +78,9 @@ def plan_save(
     planner = _planner(ranks.is_first)
 
     def list_own() -> SavePlan:
-        planner.set_up_planner({**state_dict, CONTENT_METADATA: content_metadata}, is_coordinator=ranks.is_first)
+        planner.set_up_planner(
+            {**state_of(state_dict), CONTENT_METADATA: content_metadata}, is_coordinator=ranks.is_first
+        )
         return planner.create_local_plan()
 
     own = ranks.run("listing what this rank writes", list_own)
@@ -96,9 +99,7 @@ def plan_save(
     if stock:
         return PayloadWrite(planned.write, planned.finish), None
     frames = strategy if isinstance(strategy, Frames) else Frames()
-    direct = ranks.run(
-        "laying out what this rank writes", lambda: DirectWrite.of(map(_contents_of, buckets), directory, frames)
-    )
+    direct = DirectWrite.of(lambda: map(_contents_of, buckets), directory, frames)
     return PayloadWrite(direct.write, planned.finish, direct=direct), frames
 
 

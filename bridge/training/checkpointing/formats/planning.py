@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from bridge.training.checkpointing.formats.shares import main_replicas, written_
 from bridge.training.checkpointing.formats.structure import Structure, Verdict, Vote, job_of
 from bridge.training.checkpointing.io.compact import placed, read_compact, write_both
 from bridge.training.checkpointing.io.framing import Frames
+from bridge.training.checkpointing.io.image import FileImage
 from bridge.training.checkpointing.io.table import Flags, Ints, StoredTable
 
 logger = logging.getLogger(__name__)
@@ -83,22 +84,28 @@ class Plan:
     whole: StoredTable | None
     """On rank 0, what all ranks write, without the places that it will have; None elsewhere."""
 
-    def places(self, results: Sequence[Any]) -> Places:
-        """What rank 0 has to know of this rank's torch write results. Local."""
-        if len(results) != len(self.numbers):
-            raise CheckpointSaveError(f"{len(results)} records were written where {len(self.numbers)} were planned")
-        at, length = np.zeros(len(self.numbers), np.int64), np.zeros(len(self.numbers), np.int64)
-        for result in results:
-            number = self.numbers[result.index.fqn, result.index.offset]
-            at[number], length[number] = result.storage_data.offset, result.storage_data.length
-        return Places.of(at, length)
+    def places(self, images: Iterable[FileImage]) -> Places:
+        """What rank 0 has to know of this rank's files, laid out. Local."""
+        return self._places(
+            [index for image in images for index in image.indices],
+            [place for image in images for place in image.places()],
+        )
+
+    def _places(self, indices: Sequence[Any], places: Sequence[tuple[int, int]]) -> Places:
+        if len(indices) != len(self.numbers):
+            raise CheckpointSaveError(f"{len(indices)} records were written where {len(self.numbers)} were planned")
+        columns = np.zeros((len(indices), 2), np.int64)
+        numbers = self.numbers
+        columns[[numbers[index.fqn, index.offset] for index in indices]] = np.array(places, np.int64).reshape(-1, 2)
+        return Places.of(columns[:, 0], columns[:, 1])
 
     def reporting(self, write: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Places]]:
-        """A `PayloadWrite.write` that returns places instead of torch's write results."""
+        """A `PayloadWrite.write` that returns places, of one that returns torch's write results."""
 
         def write_and_report(*arguments: Any) -> tuple[Any, Places]:
             records, results = write(*arguments)
-            return records, self.places(results)
+            stored = [(result.storage_data.offset, result.storage_data.length) for result in results]
+            return records, self._places([result.index for result in results], stored)
 
         return write_and_report
 

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import _validate_common_state_dict
 
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.formats.apart import TakenApart
+from bridge.training.checkpointing.formats.apart import State, TakenApart, state_of
 from bridge.training.checkpointing.formats.planning import SavePlanning, assign, ranks_of
 from bridge.training.checkpointing.formats.structure import Structure, Verdict, Vote, decide
 from bridge.training.checkpointing.layout import COMMON
@@ -52,7 +52,7 @@ class _Taken:
 
 
 def prepare(
-    state_dict: dict[str, Any],
+    state_dict: State,
     content_metadata: dict[str, Any],
     ranks: Ranks,
     planning: SavePlanning,
@@ -72,12 +72,11 @@ def prepare(
     Raises:
         CheckpointSaveError: something is to be saved that cannot be.
     """
-    state_dict[CONTENT_METADATA] = content_metadata
     taken: list[_Taken] = []
     failed: list[Exception] = []
 
     def take_apart() -> str | None:
-        apart = TakenApart(state_dict)
+        apart = TakenApart({**state_of(state_dict), CONTENT_METADATA: content_metadata})
         structure = Structure.of(apart.items, writers_per_rank, ranks_of(group))
         # Before anything is exchanged: what cannot be pickled would fail on rank 0 alone, amid a collective.
         sidecars = (Sidecar(COMMON, torch_bytes(apart.common)),) if ranks.is_first else ()

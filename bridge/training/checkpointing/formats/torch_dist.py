@@ -37,6 +37,7 @@ from bridge.training.checkpointing.errors import (
     CheckpointSaveError,
 )
 from bridge.training.checkpointing.formats import Format, Loaded, PayloadWrite, may_drop
+from bridge.training.checkpointing.formats.apart import State
 from bridge.training.checkpointing.formats.direct import DirectWrite, contents_of
 from bridge.training.checkpointing.formats.failures import load_error, unreadable
 from bridge.training.checkpointing.formats.planning import Plan, SavePlanning, make_plan
@@ -62,7 +63,7 @@ T = TypeVar("T")
 
 @without_collector()
 def plan_save(
-    state_dict: dict[str, Any],
+    state_dict: State,
     directory: Path,
     content_metadata: dict[str, Any],
     ranks: Ranks,
@@ -117,10 +118,7 @@ def plan_save(
         planned = _Planned(plan, stage(plan, state, directory, ranks), directory)
         return PayloadWrite(plan.reporting(planned.write), planned.finish, prepared.sidecars), planning
     files = plan.files
-    direct = ranks.run(
-        "staging what this rank writes",
-        lambda: DirectWrite.of(contents_of(files, state), directory, planning.frames, plan.places),
-    )
+    direct = DirectWrite.of(lambda: contents_of(files, state), directory, planning.frames, plan.places)
     finish = _Planned(plan, None, directory).finish
     return PayloadWrite(direct.write, finish, prepared.sidecars, direct), planning
 

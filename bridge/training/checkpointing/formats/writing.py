@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.distributed.checkpoint import filesystem
 
-from bridge.training.checkpointing.background import ForkedCall
+from bridge.training.checkpointing.background import ForkedCall, kill_all
 from bridge.training.checkpointing.checksums import HashingStream
 from bridge.training.checkpointing.errors import CheckpointSaveError, storage_error
 from bridge.training.checkpointing.integrity import FileRecord
@@ -28,8 +28,7 @@ def write_buckets(transforms: list[Any], buckets: list[Any], kind: str) -> list[
         return [call.result() for call in calls]
     except BaseException as error:
         # What goes on writing would write into another try's files.
-        for call in calls:
-            call.kill()
+        kill_all(calls)
         if isinstance(error, OSError):
             raise CheckpointSaveError(f"a process to write with could not be started: {error}") from error
         raise

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.base import (
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.files import sync_directory, write_file
 from bridge.training.checkpointing.formats import Format, PayloadWrite
+from bridge.training.checkpointing.formats.apart import State
 from bridge.training.checkpointing.formats.objects import is_object_file, object_sidecar
 from bridge.training.checkpointing.formats.planning import SavePlanning
 from bridge.training.checkpointing.formats.prepared import prepare, share_out
@@ -59,7 +60,7 @@ __all__ = [
 
 
 def plan_save(
-    state_dict: dict[str, Any],
+    state_dict: State,
     directory: Path,
     content_metadata: dict[str, Any],
     ranks: Ranks,

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from bridge.training.checkpointing.background import KILL_SECONDS, how_it_ended
+from bridge.training.checkpointing.background import KILL_SECONDS, how_it_ended, seconds_until
 from bridge.training.checkpointing.errors import CheckpointSaveError
 from bridge.training.checkpointing.integrity import FileRecord
 from bridge.training.checkpointing.io.host_image import HostImage, size_of
@@ -88,7 +89,7 @@ class Patience:
 
 
 class BackgroundWriter:
-    """A rank's writer process and its memory. Both are there from the first save on.
+    """A rank's writer process and its memory. Both are there from the first save on, or from when they are warmed.
 
     They go when it is closed, or when nobody has it any more.
     """
@@ -102,6 +103,7 @@ class BackgroundWriter:
         self._failed_starts = 0
         self._is_ready = False
         self._end: weakref.finalize[..., BackgroundWriter] | None = None
+        self._warming: threading.Thread | None = None
 
     @property
     def memory(self) -> int:
@@ -113,12 +115,24 @@ class BackgroundWriter:
         """The process, if there is one."""
         return None if self._process is None else self._process.pid
 
-    def warm(self, size: int) -> None:
-        """Have memory for a snapshot of so many bytes, and a process, ready. Trouble is left to the first save."""
+    def warm(self, size: int = 0, wait: bool = False) -> None:
+        """Have a process, and memory for a snapshot of so many bytes, before a save needs them.
+
+        The process comes up and a thread asks for the memory while this one goes on. Trouble is left to the first save.
+
+        Args:
+            size: about as many bytes as a save will take, if that is known: what is too much is kept all the same.
+            wait: return when both are ready.
+        """
+        self._finish_warming()
         with contextlib.suppress(OSError):
-            if self._image.has_room(size):
-                self._image.reserve(size)
-                self._wait_until_ready(*self._start())
+            process, connection = self._start()
+            if size and self._writing is None and self._image.has_room(size):
+                self._warming = threading.Thread(target=_reserve, args=(self._image, size), daemon=True)
+                self._warming.start()
+            if wait:
+                self._finish_warming()
+                self._wait_until_ready(process, connection)
 
     def write(
         self,
@@ -145,6 +159,7 @@ class BackgroundWriter:
             return None
         if self._failed_starts >= _STARTS or not sys.executable or not hasattr(os, "memfd_create"):
             return None
+        self._finish_warming()
         size = size_of(files.images, files.small)
         if not self._image.has_room(size):
             logger.warning("there is not enough memory for a snapshot of %.1f MiB", size / 2**20)
@@ -163,6 +178,7 @@ class BackgroundWriter:
 
     def close(self) -> None:
         """Let the process end and give the memory back. What is being written is finished."""
+        self._finish_warming()
         self._forget()
         self._image.release()
 
@@ -177,6 +193,12 @@ class BackgroundWriter:
             self._forget()
             if with_memory:
                 self._image.release()
+
+    def _finish_warming(self) -> None:
+        """Nothing else may touch the memory while the thread makes it ready."""
+        thread, self._warming = self._warming, None
+        if thread is not None and self._owner == os.getpid():
+            thread.join()
 
     def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         if self._process is not None and self._connection is not None and self._process.poll() is None:
@@ -258,6 +280,11 @@ class BackgroundWriter:
             writing.finish_with(end)  # its reply is still to come
         else:
             end()
+
+
+def _reserve(image: HostImage, size: int) -> None:
+    with contextlib.suppress(OSError):
+        image.reserve(size)
 
 
 def _let_end(process: subprocess.Popen[bytes], connection: socket.socket, owner: int) -> None:
@@ -345,10 +372,16 @@ class Writing(Generic[T]):
             raise self._error
         return self._outcome  # type: ignore[return-value]
 
-    def kill(self) -> None:
+    def halt(self) -> None:
+        """Send the process SIGKILL; `kill` has to follow."""
+        if not self._done:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def kill(self, until: float | None = None) -> None:
         """End the process at once; the result is then an error."""
         if not self._done:
-            self._give_up(f"the process of {self.name} was killed by SIGKILL")
+            self._give_up(f"the process of {self.name} was killed by SIGKILL", until)
 
     def _new_watch(self) -> Watch:
         return Watch(self.pid, self.name, self._patience.stall_seconds, self._patience.storage_seconds)
@@ -400,13 +433,12 @@ class Writing(Generic[T]):
         )
         self._writer.replace(self._process, with_memory=False)
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str, until: float | None = None) -> None:
         """End the process; one that storage holds, so that no signal reaches it, is left behind with its memory."""
+        self.halt()
         self._done = True
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
         try:
-            self._process.wait(KILL_SECONDS)
+            self._process.wait(seconds_until(until))
             self._writer.replace(self._process, with_memory=False)
         except subprocess.TimeoutExpired:
             logger.error("process %d of %s cannot be ended: storage holds it", self.pid, self.name)

@@ -16,7 +16,7 @@ import re
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 
@@ -51,11 +51,11 @@ class Frame:
     """What comes behind them, complete but for what depends on them."""
     spots: Spots | None
     """Where that belongs; None where there are no bytes."""
+    length: int = field(init=False)
+    """Bytes of the record."""
 
-    @property
-    def length(self) -> int:
-        """Bytes of the record."""
-        return len(self.head) + self.size + len(self.tail)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "length", len(self.head) + self.size + len(self.tail))
 
     def record(self, payload: bytes) -> bytes:
         """The record of a tensor with these bytes."""

@@ -81,13 +81,13 @@ class HostImage:
         try:
             os.ftruncate(kept, size)
             memory = mmap.mmap(kept, size)
+            address = ctypes.addressof(ctypes.c_ubyte.from_buffer(memory))
             for advice in (_MADV_HUGEPAGE, mmap.MADV_DONTFORK, _MADV_POPULATE_WRITE):
-                _advise(memory, advice)
+                _advise(address, size, advice)
         except BaseException:
             os.close(kept)
             raise
-        self.descriptor, self.size, self._map = kept, size, memory
-        self._address = ctypes.addressof(ctypes.c_ubyte.from_buffer(memory))
+        self.descriptor, self.size, self._map, self._address = kept, size, memory, address
         registered = _register(self._address, size)
         self._give_back = weakref.finalize(self, _let_go, kept, memory, registered, os.getpid())
         self._give_back.atexit = False
@@ -203,17 +203,20 @@ def size_of(images: Sequence[FileImage], small: Sequence[tuple[str, bytes]]) -> 
     return _page_after(rows) + records + sum(len(data) for _, data in small)
 
 
-def _advise(memory: mmap.mmap, advice: int) -> None:
+def _advise(address: int, size: int, advice: int) -> None:
     """Tell the kernel something about memory. One that does not know it makes the pages one by one, when they are used.
+
+    Other threads go on while it makes pages: `mmap.madvise` would keep the interpreter for itself.
 
     Raises:
         OSError: there is not so much memory.
     """
-    try:
-        memory.madvise(advice)
-    except OSError as error:
-        if advice == _MADV_POPULATE_WRITE and error.errno not in _UNKNOWN:
-            raise
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice) == 0:
+        return
+    number = ctypes.get_errno()
+    if advice == _MADV_POPULATE_WRITE and number not in _UNKNOWN:
+        raise OSError(number, os.strerror(number))
 
 
 def _register(address: int, size: int) -> int | None:

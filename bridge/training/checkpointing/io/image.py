@@ -62,12 +62,15 @@ class FileImage:
     indices: list[Any] = field(default_factory=list)
     """torch's MetadataIndex of every record."""
 
+    def places(self) -> list[tuple[int, int]]:
+        """Where every record begins, and how long it is, in bytes."""
+        return [(part.at, part.frame.length) for part in self.tensors] + [(at, len(data)) for at, data in self.rest]
+
     def results(self) -> list[WriteResult]:
         """What torch DCP wants to know of a file that has been written."""
-        places = [(part.at, part.frame.length) for part in self.tensors] + [(at, len(data)) for at, data in self.rest]
         return [
             WriteResult(index, length, _StorageInfo(self.name, at, length))
-            for index, (at, length) in zip(self.indices, places, strict=True)
+            for index, (at, length) in zip(self.indices, self.places(), strict=True)
         ]
 
 
@@ -76,15 +79,17 @@ def lay_out(contents: FileContents, frames: Frames) -> FileImage:
     image = FileImage(contents.name)
     at = 0
     others: list[tuple[Any, bytes | memoryview]] = []
+    tensors, indices, end = image.tensors, image.indices, 0
     for index, tensor in contents.tensors:
         frame = frames.of(tensor.dtype, tensor.shape) if is_usual(tensor) else None
         if frame is None:
             others.append((index, serialized(tensor)))
             continue
-        image.tensors.append(TensorPart(at, frame, tensor))
-        image.indices.append(index)
-        image.size = at + frame.length
-        at = -(-image.size // ALIGNMENT) * ALIGNMENT
+        tensors.append(TensorPart(at, frame, tensor))
+        indices.append(index)
+        end = at + frame.length
+        at = -(-end // ALIGNMENT) * ALIGNMENT
+    image.size = end
     for index, data in [*others, *contents.objects]:
         image.rest.append((at, data))
         image.indices.append(index)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +77,8 @@ class TorchDistSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]
         """
         ranks, directory = Ranks.current(), Path(checkpoint_dir)
         direct, rest = self._plan(sharded_state_dict, directory, ranks)
-        result = direct.result()
         writing, end = self._begin(direct, directory, ranks)
+        result = direct.result()
 
         def finalize() -> None:
             with contextlib.suppress(OSError):
@@ -135,10 +134,9 @@ class TorchDistSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]
         if plan is None or not verdict.planned:
             plan = make_plan(state, ranks, planning, verdict, writers=self._files, group=None)
         planning.note(prepared.structure, verdict, plan)
-        lay_out: Callable[[], DirectWrite] = lambda: DirectWrite.of(  # noqa: E731
-            contents_of(plan.files, state), directory, planning.frames, plan.places
-        )
-        return ranks.run("laying out the files of the checkpoint", lay_out), _Rest(plan, directory)
+        files = plan.files
+        direct = DirectWrite.of(lambda: contents_of(files, state), directory, planning.frames, plan.places)
+        return direct, _Rest(plan, directory)
 
 
 @dataclass(frozen=True)

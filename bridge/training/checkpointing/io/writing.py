@@ -17,9 +17,10 @@ from pathlib import Path
 from bridge.training.checkpointing.checksums import new_hasher
 from bridge.training.checkpointing.errors import CheckpointSaveError, storage_error
 from bridge.training.checkpointing.integrity import FileRecord
+from bridge.training.checkpointing.io.framing import Frame
 from bridge.training.checkpointing.io.image import FileImage, TensorPart, in_order
 from bridge.training.checkpointing.io.output import BLOCK, THREADS, FileOutput
-from bridge.training.checkpointing.io.tails import complete
+from bridge.training.checkpointing.io.tails import Spots, complete
 
 _FILES = 4
 """That are written at the same time; each takes `THREADS` + 1 blocks of memory."""
@@ -52,10 +53,10 @@ def write_image(image: FileImage, directory: Path, kind: str) -> FileRecord:
         with FileOutput(str(path), image.size) as output:
             stream = _BlockStream(output, kind)
             for part in image.tensors:
-                stream.put(bytes(part.at - stream.position))
+                stream.fill(part.at)
                 stream.put_tensor(part)
             for at, data in image.rest:
-                stream.put(bytes(at - stream.position))
+                stream.fill(at)
                 stream.put(data)
             stream.flush()
             output.finish()
@@ -96,6 +97,12 @@ class _BlockStream:
         """Of what has been handed over."""
         return self._hasher.hexdigest()
 
+    def fill(self, at: int) -> None:
+        """Append zeros up to a place in the file."""
+        missing = at - self._begin - self._filled
+        if missing:
+            self.put(bytes(missing))
+
     def put(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes."""
         view, done = memoryview(data), 0
@@ -107,10 +114,13 @@ class _BlockStream:
 
     def put_tensor(self, part: TensorPart) -> None:
         """Append a tensor's record."""
-        frame = part.frame
+        frame, tensor = part.frame, part.tensor
+        if frame.length < BLOCK - self._filled and frame.spots is not None and tensor.is_cpu and tensor.is_contiguous():
+            self._put_small(frame, frame.spots, tensor.data_ptr())
+            return
         self.put(frame.head)
         crc = 0
-        for piece in in_order(part.tensor):
+        for piece in in_order(tensor):
             crc = self._put_memory(piece.data_ptr(), piece.numel() * piece.element_size(), crc)
         if frame.spots is not None and len(frame.tail) <= BLOCK - self._filled:
             at, memory = self._filled, self._block.memory
@@ -122,6 +132,17 @@ class _BlockStream:
         if frame.spots is not None:
             complete(tail, 0, crc, frame.spots)
         self.put(tail)
+
+    def _put_small(self, frame: Frame, spots: Spots, address: int) -> None:
+        """Append a record that leaves room in the present block: most records of states with many small tensors."""
+        at, memory = self._filled, self._block.memory
+        payload = at + len(frame.head)
+        tail = payload + frame.size
+        self._filled = at + frame.length
+        memory[at:payload] = frame.head
+        ctypes.memmove(self._block.address + payload, address, frame.size)
+        memory[tail : self._filled] = frame.tail
+        complete(memory, tail, zlib.crc32(memory[payload:tail]), spots)
 
     def _put_memory(self, address: int, size: int, crc: int) -> int:
         """Append what lies at an address, and go on with a CRC of it."""

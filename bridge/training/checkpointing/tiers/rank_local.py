@@ -106,6 +106,12 @@ class RankLocalSave:
         """There is nothing to report. What was written is needed no more."""
         self.states = {}
 
+    def finish(self, phase: str, write: Callable[[], None], written: Callable[[], None]) -> None:
+        """Agree that every rank has written, and publish; see `SaveTask.finish`."""
+        self.accept(Ranks.current().run(phase, write))
+        written()
+        self.publish()
+
     def publish(self) -> None:
         """Agree that all ranks' snapshots are there, then delete the older ones; collective.
 

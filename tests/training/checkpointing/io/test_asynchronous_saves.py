@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from bridge.training.checkpointing import CheckpointSaveContext
 from bridge.training.checkpointing.errors import CheckpointError
+from bridge.training.checkpointing.events.file import read_events
 from bridge.training.checkpointing.formats import PayloadWrite
 from bridge.training.checkpointing.formats.direct import DirectWrite
 from bridge.training.checkpointing.integrity import FileRecord, find_damage, read_manifest
@@ -108,11 +109,13 @@ def save_while_busy(cfg: Any) -> tuple[list[str], list[str]]:
         os.kill(writer.pid, signal.SIGSTOP)
     save(run, 2)
     save(run, 3)
+    save(run, 4)
     if dist.get_rank() == 1:
         os.kill(writer.pid, signal.SIGCONT)
     finish(run)
-    save(run, 4)
+    save(run, 5)
     finish(run)
+    run.state.events.flush()
     context = run.manager.checkpointing_context  # type: ignore[attr-defined]
     context[BACKGROUND_WRITER].close()
     saved = sorted(path.name for path in Path(cfg.checkpoint.save).glob("iter_*"))
@@ -122,12 +125,14 @@ def save_while_busy(cfg: Any) -> tuple[list[str], list[str]]:
 def test_a_save_that_is_due_while_one_is_written_is_skipped_if_wanted(tmp_path: Path) -> None:
     checkpoint = {"save": str(tmp_path), "async_save": True, "async_when_busy": "skip"}
     (saved, told), (_, told_elsewhere) = run_ranks(save_while_busy, 2, tiny_config(checkpoint=checkpoint))
-    assert saved == ["iter_0000001", "iter_0000002", "iter_0000004"]
+    assert saved == ["iter_0000001", "iter_0000002", "iter_0000005"]
     assert told == [
         "the persistent checkpoint of iteration 3 is skipped: the one before is still being written; set "
         "checkpoint.async_when_busy to 'wait', or save less often"
     ]
     assert told_elsewhere == []
+    skipped = [event.iteration for event in read_events(tmp_path).events if event.kind == "save_skipped"]
+    assert skipped == [3, 4]
 
 
 class Told:
@@ -186,7 +191,7 @@ def test_files_that_no_other_process_can_write_are_written_at_once(
     assert frame is not None
     image = FileImage("file", frame.length, [TensorPart(0, frame, torch.ones(3, device=device))])
     (tmp_path / "file").write_bytes(b"content")
-    payload = PayloadWrite(lambda _: (["file"], "result"), list, direct=DirectWrite([image], tmp_path, list))
+    payload = PayloadWrite(lambda _: (["file"], "result"), list, direct=DirectWrite(lambda: [image], tmp_path, list))
     layout: Any = None
     save = Save(SaveTarget(tmp_path, 1), tmp_path, payload, (), layout, lambda _: None, 0.0)
     call = save.begin("the writer", Patience())

@@ -108,7 +108,7 @@ def fail_on_one_rank(directory: Path) -> list[str]:
     def in_the_background() -> None:
         place = made(directory / "killed")
         if dist.get_rank() == 1:
-            strategy._writer.warm(1 << 20)
+            strategy._writer.warm(1 << 20, wait=True)
             os.kill(strategy._writer.pid or 0, signal.SIGSTOP)
         request = dist_checkpointing.save(state(1), str(place), strategy, async_sharded_save=True)
         if dist.get_rank() == 1:

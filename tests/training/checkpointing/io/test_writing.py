@@ -222,7 +222,7 @@ def test_storage_that_takes_no_more_is_an_error(tmp_path: Path) -> None:
 
 
 def test_storage_that_takes_no_more_is_an_error_of_the_writer_process(tmp_path: Path, writer: BackgroundWriter) -> None:
-    writer.warm(17 << 20)
+    writer.warm(17 << 20, wait=True)
     assert writer.pid is not None
     resource.prlimit(writer.pid, *LIMIT)
     with pytest.raises(CheckpointSaveError, match=rf"writing {tmp_path}/file failed: OSError: \[Errno 27\] File too l"):
@@ -452,9 +452,9 @@ def test_what_others_still_write_to_a_file_does_not_get_into_its_successor(tmp_p
 
 def test_tensors_on_a_device_are_not_left_to_a_fork(tmp_path: Path) -> None:
     image = image_of({"a": torch.ones(3)})
-    assert DirectWrite([image], tmp_path, list).is_on_host
+    assert DirectWrite(lambda: [image], tmp_path, list).is_on_host
     elsewhere = replace(image.tensors[0], tensor=torch.ones(3, device="meta"))
-    assert not DirectWrite([image, FileImage("other", 1, [elsewhere])], tmp_path, list).is_on_host
+    assert not DirectWrite(lambda: [image, FileImage("other", 1, [elsewhere])], tmp_path, list).is_on_host
 
 
 def test_a_zero_tensor_without_memory_is_left_to_torch() -> None:
