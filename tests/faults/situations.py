@@ -57,8 +57,10 @@ def situations(seeds: Path, ranks: int = 1) -> dict[str, Situation]:
         Situation("save", (1, 2)),
         Situation("asynchronous save", (1, 2), checkpoint={"async_save": True}),
         Situation("save with a retry", (1, 2), checkpoint={"save_retries": 1}),
+        Situation("asynchronous save with a retry", (1, 2), checkpoint={"async_save": True, "save_retries": 1}),
         Situation("retention", (4,), finished, 3, checkpoint={"most_recent_k": 1}, keeps=frozenset({5})),
         Situation("replacement", (2,), finished, 3, checkpoint=rollback),
+        Situation("asynchronous replacement", (2,), finished, 3, checkpoint={**rollback, "async_save": True}),
         Situation("replacement by two renames", (2,), finished, 3, 1, rollback, frozenset({"renameat2"})),
         Situation("recovery", (4,), left_over, 3),
     ]

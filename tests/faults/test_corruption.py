@@ -30,6 +30,7 @@ from bridge.training.checkpointing.integrity import read_manifest
 from bridge.training.checkpointing.io.stored import open_stored
 from bridge.training.checkpointing.layout import list_checkpoints
 from bridge.training.checkpointing.safety.payload_metadata import read_payload_metadata
+from bridge.training.checkpointing.starts import STARTS
 from bridge.training.checkpointing.trackers import read_tracker, sound_tracker
 from bridge.training.setup import Run, setup
 from tests.distributed.launch import run_ranks
@@ -253,6 +254,37 @@ def both_trackers(damage: Callable[[Path, Path], None]) -> Callable[[Path], None
         in_place(LEGACY_TRACKER, damage)(copy)
 
     return inflict
+
+
+def the_starts(damage: Callable[[Path, Path], None], *, without_trackers: bool) -> Callable[[Path], None]:
+    """Damage to what the run has noted of its starts; where no tracker helps, they are all that orders checkpoints."""
+
+    def inflict(copy: Path) -> None:
+        other = copy / "other"
+        other.write_text("[[1, 2, 0]]")
+        damage(copy / STARTS, other)
+        other.unlink()
+        for tracker in (TRACKER, LEGACY_TRACKER) if without_trackers else ():
+            (copy / tracker).unlink()
+
+    return inflict
+
+
+STARTS_CASES = [
+    (f"{damage.__name__} {without}", the_starts(damage, without_trackers=without))
+    for damage in DAMAGE
+    for without in (False, True)
+]
+
+
+def test_damaged_or_lost_notes_of_the_starts_lose_nothing(saved: dict[int, Path], tmp_path: Path) -> None:
+    ((whole, found),) = run_ranks(outcomes, 1, saved[1], tmp_path, STARTS_CASES)
+    for outcome in found:
+        if outcome.name.startswith("make_a_directory "):  # somebody has to look: it may be readable later
+            assert "what it knows of the run's starts cannot be read: [Errno 21] Is a directory" in outcome.error
+        else:
+            assert (outcome.error, outcome.loaded, outcome.marked) == ("", NEWEST, ()), outcome
+        assert outcome.state == whole[NEWEST], outcome.name
 
 
 def whole_directory(change: Callable[[Path], Any]) -> Callable[[Path], None]:

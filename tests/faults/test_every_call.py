@@ -112,6 +112,7 @@ def test_a_sample_of_kills(
         ("asynchronous save", 1, 4, ERRORS, False),
         ("save with a retry", 1, 4, ERRORS, False),
         ("save with a retry", 1, 4, LASTING, True),
+        ("asynchronous save with a retry", 1, 4, ERRORS, False),
         ("retention", 1, 4, ERRORS, False),
         ("replacement", 1, 4, ERRORS, False),
         ("recovery", 1, 4, ERRORS, False),
@@ -140,6 +141,7 @@ def test_a_sample_of_errors(
     [
         *((name, 1, None) for name in ("save", "asynchronous save", "retention", "replacement")),
         *((name, 1, None) for name in ("replacement by two renames", "recovery")),
+        ("asynchronous replacement", 1, 80),
         *((name, 2, 20) for name in ("save", "asynchronous save", "retention", "replacement", "recovery")),
     ],
 )
@@ -163,9 +165,11 @@ def test_every_kill(
         ("save", 1, None, ERRORS, False),
         *((name, 1, 80, ERRORS, False) for name in ("asynchronous save", "save with a retry", "retention")),
         *((name, 1, 80, ERRORS, False) for name in ("replacement", "replacement by two renames", "recovery")),
+        *((name, 1, 40, ERRORS, False) for name in ("asynchronous save with a retry", "asynchronous replacement")),
+        ("asynchronous save with a retry", 1, 40, LASTING, True),
         *((name, 1, 40, LASTING, True) for name in ("save with a retry", "asynchronous save", "retention")),
         *((name, 2, 20, ERRORS, False) for name in ("save", "asynchronous save", "retention", "replacement")),
-        *((name, 2, 20, LASTING, True) for name in ("save", "asynchronous save")),
+        *((name, 2, 20, LASTING, True) for name in ("save", "asynchronous save", "asynchronous save with a retry")),
     ],
 )
 def test_every_error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+import pytest
 
 from tests.faults import job as jobs
 from tests.faults.cases import Situation, Verdict, World, in_process, moments, side_by_side, verdict_of
@@ -40,10 +43,20 @@ def assert_survived(verdicts: list[Verdict], failure: str, situation: Situation,
     assert all(verdict.fired for verdict in verdicts)
 
 
+@pytest.mark.parametrize(
+    ("name", "tries"),
+    [
+        ("save", 3),
+        ("asynchronous save", 2),
+        *(pytest.param(name, 20, marks=pytest.mark.faults) for name in ("save", "asynchronous save")),
+    ],
+)
 def test_a_rank_that_is_killed_is_missed_by_the_other_one(
-    world: World, seeds: Path, tmp_path: Path, summary: Summary
+    name: str, tries: int, world: World, seeds: Path, tmp_path: Path, summary: Summary
 ) -> None:
-    situation = situations(seeds, 2)["save"]
+    situation = situations(seeds, 2)[name]
+    # While a save is written in the background, it is training that misses the rank first.
+    expected = ("RankLostError: ", "RuntimeError: ") if name == "asynchronous save" else ("RankLostError: ",)
 
     def kill(rank: int) -> Callable[[Call, list[int]], None]:
         return lambda call, ranks: os.kill(ranks[rank], signal.SIGKILL)
@@ -53,9 +66,9 @@ def test_a_rank_that_is_killed_is_missed_by_the_other_one(
         if other is None or ran.traced.statuses.get(rank) != -signal.SIGKILL:
             return [f"the ranks ended with {ran.traced.statuses}"]
         # Once the last save is published nobody misses a rank any more.
-        return [] if other.error is None or other.error.startswith("RankLostError: ") else [str(other.error)]
+        return [] if other.error is None or other.error.startswith(expected) else [str(other.error)]
 
-    chosen = moments(calls_of(situation, world, tmp_path), 3)
+    chosen = moments(calls_of(situation, world, tmp_path), tries)
     cases = [
         partial(
             verdict_of,
@@ -90,6 +103,23 @@ def test_a_writer_that_is_killed_is_an_error_on_all_ranks(
     assert_survived(side_by_side(cases), WRITER_KILLED, situation, summary)
 
 
+@pytest.mark.faults
+def test_a_writer_may_be_killed_at_any_of_its_calls(
+    world: World, seeds: Path, tmp_path: Path, summary: Summary
+) -> None:
+    situation = situations(seeds)["asynchronous save"]
+
+    def raised(ran: Ran) -> list[str]:
+        error = ran.ranks[0] and ran.ranks[0].error
+        return [] if "was killed by SIGKILL" in str(error) else [f"the rank ended with {error}"]
+
+    cases = [
+        partial(verdict_of, situation, world, Fault(number, action=_kill_writer), f"call {number}", ends_as=raised)
+        for number in writer_calls(calls_of(situation, world, tmp_path))
+    ]
+    assert_survived(side_by_side(cases), WRITER_KILLED, situation, summary)
+
+
 def test_the_save_after_that_of_a_killed_writer_has_a_new_one(
     world: World, seeds: Path, tmp_path: Path, summary: Summary
 ) -> None:
@@ -104,6 +134,26 @@ def test_the_save_after_that_of_a_killed_writer_has_a_new_one(
     first = writer_calls(calls_of(situation, world, tmp_path))[3]
     case = partial(verdict_of, situation, world, Fault(first, action=_kill_writer), "goes on", ends_as=went_on)
     assert_survived([in_process(case)], WRITER_KILLED, situation, summary)
+
+
+@pytest.mark.parametrize("tries", [3, pytest.param(None, marks=pytest.mark.faults)])
+def test_an_error_that_passes_costs_nothing_where_a_writer_may_try_again(
+    tries: int | None, world: World, seeds: Path, tmp_path: Path, summary: Summary
+) -> None:
+    situation = situations(seeds)["asynchronous save with a retry"]
+
+    def all_published(ran: Ran) -> list[str]:
+        ended = ran.ranks[0]
+        right = ended is not None and ended.error is None and ran.announced == [1, 2]
+        return [] if right else [f"published were {ran.announced}, and the rank ended so: {ended and ended.error}"]
+
+    calls = calls_of(situation, world, tmp_path)
+    chosen = moments([call for call in calls if call.who == "a child of rank 0"], tries)
+    cases = [
+        partial(verdict_of, situation, world, Fault(number, errno.EIO), f"call {number}", ends_as=all_published)
+        for number in chosen
+    ]
+    assert_survived(side_by_side(cases), "EIO", situation, summary)
 
 
 def test_a_writer_that_is_stopped_for_a_while_publishes_afterwards(

@@ -138,11 +138,7 @@ def older_sources(listing: Listing, below: int, offers: Iterable[Offer] = ()) ->
         offers: the complete checkpoints of other tiers.
     """
     starts = starts_or_none(listing.path)
-    older = [
-        _older(iteration, path, starts)
-        for iteration in listing.iterations
-        if iteration < below and (path := listing.path / iteration_name(iteration)).is_dir()
-    ]
+    older = [each for each in _judged(listing, starts) if each.iteration < below and each.path.is_dir()]
     return stand_ins(older, [offer for offer in offers if offer.iteration <= below], below)
 
 
@@ -151,18 +147,28 @@ def left_behind_in(listing: Listing) -> set[int]:
     starts = starts_or_none(listing.path)
     if not starts.entries:
         return set()
-    found = (_older(iteration, listing.path / iteration_name(iteration), starts) for iteration in listing.iterations)
-    return {each.iteration for each in found if each.left_behind}
+    return {each.iteration for each in _judged(listing, starts) if each.left_behind}
 
 
-def _older(iteration: int, path: Path, starts: Starts) -> Older:
+def _judged(listing: Listing, starts: Starts) -> list[Older]:
+    """All checkpoints of a directory, with what the run's starts tell of them."""
+    paths = [listing.path / iteration_name(iteration) for iteration in listing.iterations]
+    manifests = [_readable_manifest(path) for path in paths]
+    told = starts.judge(
+        (iteration, 0 if manifest is None else manifest.start)
+        for iteration, manifest in zip(listing.iterations, manifests, strict=True)
+    )
+    return [
+        Older(iteration, path, None if manifest is None else manifest.created, left_behind)
+        for iteration, path, manifest, left_behind in zip(listing.iterations, paths, manifests, told, strict=True)
+    ]
+
+
+def _readable_manifest(path: Path) -> Manifest | None:
     try:
-        manifest = read_manifest(path)
+        return read_manifest(path)
     except (CheckpointDamagedError, OSError):
-        manifest = None
-    if manifest is None:
-        return Older(iteration, path)
-    return Older(iteration, path, manifest.created, starts.tell(iteration, manifest.start))
+        return None
 
 
 def require_whole(path: Path, level: Level = "sizes") -> Manifest | None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +83,23 @@ class Starts:
             return True
         return False if number == start else None
 
+    def judge(self, saved: Iterable[tuple[int, int]]) -> list[bool | None]:
+        """As `tell`, for all checkpoints of one directory or bucket, each its iteration and its start.
+
+        Where no start was ever noted, or the notes are lost, and all are of one start, none was left behind: a start
+        does not go back.
+        """
+        found = list(saved)
+        if not self.entries and len({start for _, start in found}) == 1:
+            return [None if start == 0 else False for _, start in found]
+        return [self.tell(iteration, start) for iteration, start in found]
+
+    def judge_to_delete(self, saved: Iterable[tuple[int, int]]) -> list[bool | None]:
+        """As `judge`; but a checkpoint without a number counts as not left behind: of those nothing was ever noted."""
+        found = list(saved)
+        numbered = iter(self.judge(each for each in found if each[1] > 0))
+        return [next(numbered) if start > 0 else False for _, start in found]
+
     def followed_by(self, number: int, resumed: int, source: int = 0) -> Starts:
         """These, and a start that now saves.
 
@@ -134,12 +152,24 @@ def _parsed(found: Any) -> tuple[Start, ...]:
 
 
 def starts_or_none(save_dir: Path) -> Starts:
-    """As `read_starts`, for whoever deletes nothing: none, with a warning, where the file cannot be read."""
+    """As `read_starts`, for whoever can do without: none, with a warning, where the file cannot be read or is lost."""
     try:
-        return read_starts(save_dir)
+        starts, problem = read_starts(save_dir), ""
+        if not starts.entries and len(numbers_of_starts(save_dir)) > 1:
+            problem = lost_starts(save_dir)
     except (OSError, CheckpointDamagedError) as error:
-        logger.warning("the order of the checkpoints in %s is taken from their times: %s", save_dir, error)
-        return Starts()
+        starts, problem = Starts(), str(error)
+    if problem:
+        logger.warning("the order of the checkpoints in %s is taken from their times: %s", save_dir, problem)
+    return starts
+
+
+def lost_starts(save_dir: Path) -> str:
+    """What to tell where checkpoints are of starts, and the file that they were noted in is not there."""
+    return (
+        f"{save_dir / STARTS} is gone, so nobody knows which checkpoints this run has left behind by going back; if "
+        "the directory was copied, copy that file too"
+    )
 
 
 def starts_to_go_on(save_dir: Path) -> Starts:
@@ -148,26 +178,30 @@ def starts_to_go_on(save_dir: Path) -> Starts:
     Raises:
         OSError: the file is there and cannot be read now.
     """
-    highest = _highest_start(save_dir)
+    numbers = numbers_of_starts(save_dir)
+    highest = max(numbers, default=0)
     try:
         starts = read_starts(save_dir)
     except CheckpointDamagedError as error:
         logger.warning("%s", error)
         return Starts(uncounted=highest + _LEAP)
+    if len(numbers) > 1 and not starts.entries:
+        logger.warning("%s; the starts of the run are counted on from %d", lost_starts(save_dir), highest + _LEAP)
     # Without the file, or with an older one, there were starts that it does not tell of.
     is_complete = highest < starts.next
     return Starts(starts.entries, 0 if is_complete else highest + _LEAP)
 
 
-def _highest_start(save_dir: Path) -> int:
-    """The highest number of a start among the persistent checkpoints of a directory; 0 if none says."""
-    found = 0
+def numbers_of_starts(save_dir: Path) -> set[int]:
+    """The numbers of the starts that the persistent checkpoints of a directory are of."""
+    found = set()
     for iteration in list_checkpoints(save_dir).iterations:
         try:
             manifest = read_manifest(save_dir / iteration_name(iteration))
         except (CheckpointDamagedError, OSError):
             continue
-        found = max(found, 0 if manifest is None else manifest.start)
+        if manifest is not None and manifest.start > 0:
+            found.add(manifest.start)
     return found
 
 

@@ -14,7 +14,8 @@ from bridge.training.checkpointing import load_checkpoint, save_checkpoint
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError
 from bridge.training.checkpointing.integrity import Manifest, write_manifest
 from bridge.training.checkpointing.layout import LEGACY_TRACKER, MANIFEST, TRACKER, iteration_name, list_checkpoints
-from bridge.training.checkpointing.source import left_behind_in
+from bridge.training.checkpointing.rescue import require_known
+from bridge.training.checkpointing.source import left_behind_in, older_sources
 from bridge.training.checkpointing.starts import (
     STARTS,
     Start,
@@ -140,6 +141,52 @@ def test_a_directory_that_has_lost_count_begins_far_above_what_its_checkpoints_s
     assert starts_to_go_on(tmp_path) == Starts(uncounted=1003)
     (tmp_path / STARTS).write_bytes(b"")
     assert starts_to_go_on(tmp_path) == Starts(uncounted=1003)
+
+
+def checkpoints(directory: Path, *found: tuple[int, int, float]) -> None:
+    """Checkpoints of so many iterations, starts and times, with nothing but a manifest."""
+    for iteration, start, created in found:
+        path = directory / iteration_name(iteration)
+        path.mkdir()
+        write_manifest(path, Manifest(iteration, "torch_dist", 1, {}, {}, (), created=created, start=start))
+
+
+def test_a_lost_count_is_told_of_by_whoever_would_need_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lost = (
+        f"{tmp_path / STARTS} is gone, so nobody knows which checkpoints this run has left behind by going back; if "
+        "the directory was copied, copy that file too"
+    )
+    checkpoints(tmp_path, (10, 1, 1.0), (20, 1, 2.0))
+    assert starts_or_none(tmp_path) == Starts()
+    assert starts_to_go_on(tmp_path) == Starts(uncounted=1001)
+    assert caplog.messages == []  # of one start, whose order is that of its iterations
+    checkpoints(tmp_path, (15, 2, 3.0))
+    assert starts_to_go_on(tmp_path) == Starts(uncounted=1002)
+    assert starts_or_none(tmp_path) == Starts()
+    assert caplog.messages == [
+        f"{lost}; the starts of the run are counted on from 1002",
+        f"the order of the checkpoints in {tmp_path} is taken from their times: {lost}",
+    ]
+
+
+def test_no_snapshot_is_chosen_where_the_count_is_lost_and_matters(tmp_path: Path) -> None:
+    for snapshots in (set(), {0}, {0, 2}):
+        require_known(snapshots, Starts(), tmp_path)
+    require_known({1, 2}, starts_of((1, 0), (2, 4, 1)), tmp_path)
+    with pytest.raises(CheckpointDamagedError, match=r"with --force the newest is taken: .*/\.bridge-starts is gone"):
+        require_known({1, 2}, Starts(), tmp_path)
+    checkpoints(tmp_path, (10, 1, 1.0))
+    require_known({1}, Starts(), tmp_path)
+    with pytest.raises(CheckpointDamagedError, match=r"it is not known which snapshots the run of .* has left behind"):
+        require_known({2}, Starts(), tmp_path)
+
+
+def test_without_a_count_no_clock_decides_among_the_checkpoints_of_one_start(tmp_path: Path) -> None:
+    checkpoints(tmp_path, (10, 3, 9.0), (20, 3, 1.0), (30, 3, 5.0))
+    names = lambda: [source.path.name for source in older_sources(list_checkpoints(tmp_path), 99)]  # noqa: E731
+    assert names() == ["iter_0000030", "iter_0000020", "iter_0000010"]
+    checkpoints(tmp_path, (25, 4, 2.0))
+    assert names() == ["iter_0000010", "iter_0000030", "iter_0000025", "iter_0000020"]
 
 
 def test_a_directory_remembers_the_starts(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from bridge.training.checkpointing.retention.policies import (
     Listed,
     MostRecent,
     Policy,
+    kept_by,
 )
 from bridge.training.checkpointing.retention.sweeper import SweepPlan, plan_sweep, sweep
 
@@ -97,7 +98,7 @@ def prune(
     """
     require_unowned(directory, is_sure=is_sure)
     goes = plan_sweep(directory, policies, in_use=in_use).removable
-    new = ownership.claim(directory, "DIR", wait_seconds=0.0)
+    new = ownership.claim(directory, "DIR", wait_seconds=0.0, passing=True)
     try:
         with collected() as messages:
             problems, held = _delete(sweep(directory, policies, in_use=in_use))
@@ -158,12 +159,11 @@ def _reasons(iteration: int, path: Path, plan: SweepPlan, policies: Sequence[Pol
 
 
 def _kept_by(policy: Policy, plan: SweepPlan) -> set[int]:
-    """As `retention.policies.removable` asks a policy: with and without what the run has left behind."""
+    """As `retention.policies.removable` asks a policy."""
     line: list[Entry] = sorted(
         (entry for entry in plan.entries if entry.iteration <= plan.tracked[0]), key=lambda entry: entry.iteration
     )
-    present = [entry for entry in line if not getattr(entry, "left_behind", False)]
-    return policy.keeps(line) | policy.keeps(present)
+    return kept_by(policy, line)
 
 
 def _size(path: Path) -> int:

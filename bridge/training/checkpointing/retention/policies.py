@@ -4,6 +4,7 @@ Every policy names what it keeps, and a checkpoint stays if any of them, or anyt
 They judge the checkpoints up to the one that the tracker names. Newer ones, which a rollback leaves behind, are
 always kept, and take no place from those of the run that goes on. Once the run has passed them they are judged like
 the others; but then the policies are asked twice, with them and without them, and what either answer keeps stays.
+Where nobody knows whether a checkpoint was left behind, none of those takes a place from another one of them either.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Entry:
     """Unix time in seconds, by the clock of whichever machine committed it."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the run measured in the step before the save."""
-    left_behind: bool = False
-    """Whether the run has gone back to before it, for certain."""
+    left_behind: bool | None = False
+    """Whether the run has gone back to before it; None where that was noted, and the note is lost."""
 
 
 class Policy(Protocol):
@@ -146,6 +147,22 @@ def removable(
     if not policies:
         return []
     line = sorted((entry for entry in entries if entry.iteration <= tracked), key=lambda entry: entry.iteration)
-    present = [entry for entry in line if not entry.left_behind]
-    kept = {tracked, *protected}.union(*(policy.keeps(asked) for policy in policies for asked in (line, present)))
+    kept = {tracked, *protected}.union(*(kept_by(policy, line) for policy in policies))
     return [entry.iteration for entry in line if entry.iteration not in kept]
+
+
+def kept_by(policy: Policy, line: Sequence[Entry]) -> set[int]:
+    """The iterations that a policy keeps, whatever of that which nobody knows is true.
+
+    Args:
+        policy: is asked several times.
+        line: the checkpoints up to the one that the tracker names, in ascending order.
+    """
+    kept = policy.keeps(line) | policy.keeps([entry for entry in line if not entry.left_behind])
+    doubtful = [entry for entry in line if entry.left_behind is None]
+    if doubtful:
+        kept |= policy.keeps([entry for entry in line if entry.left_behind is False])
+    for one in doubtful:
+        # It may be the only one of them that the run went on from.
+        kept |= policy.keeps([entry for entry in line if entry.left_behind is False or entry is one])
+    return kept

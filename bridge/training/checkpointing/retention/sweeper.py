@@ -30,7 +30,7 @@ from bridge.training.checkpointing.layout import (
 from bridge.training.checkpointing.marks import is_marked
 from bridge.training.checkpointing.retention.policies import Best, Entry, MostRecent, Policy, removable
 from bridge.training.checkpointing.retention.trash import Trash
-from bridge.training.checkpointing.starts import Starts, read_starts
+from bridge.training.checkpointing.starts import Starts, lost_starts, read_starts
 from bridge.training.checkpointing.trackers import read_tracker
 
 if TYPE_CHECKING:
@@ -168,9 +168,11 @@ def committed_entries(listing: Listing) -> list[Entry]:
         if entry is not None and entry.iteration == iteration:
             found_entries.append((entry, start))
     starts = read_starts(listing.path) if any(start for _, start in found_entries) else Starts()
-    return [
-        replace(entry, left_behind=starts.have_left_behind(entry.iteration, start)) for entry, start in found_entries
-    ]
+    told = starts.judge_to_delete((entry.iteration, start) for entry, start in found_entries)
+    entries = [replace(entry, left_behind=left) for (entry, _), left in zip(found_entries, told, strict=True)]
+    if None in told and not starts.entries:
+        logger.warning("%s", lost_starts(listing.path))
+    return entries
 
 
 @lru_cache(maxsize=10_000)

@@ -1,5 +1,6 @@
 """Which checkpoints are kept: tables of entries and settings, with the exact set that stays."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,6 +134,26 @@ def test_what_was_left_behind_takes_no_place_from_the_others(
     assert removable(found, policies, present[-1], (present[-1],)) == removed
 
 
+@pytest.mark.parametrize(
+    ("told", "policies", "removed"),
+    [
+        # 10 and 20 may both have been left behind, or one of them, or none: each may be the one before 30.
+        ({10: None, 20: None, 30: False}, [MostRecent(2)], []),
+        ({10: None, 20: None, 30: False, 40: False}, [MostRecent(2)], [10, 20]),
+        ({10: False, 20: None, 30: None, 40: False}, [MostRecent(2)], []),
+        ({5: False, 10: False, 20: None, 30: None, 40: False}, [MostRecent(2)], [5]),
+        ({10: None, 20: True, 30: None, 40: False}, [MostRecent(1)], [10, 20, 30]),
+        ({10: None, 20: None, 30: None}, [MostRecent(1)], []),
+        ({10: None, 20: None, 30: None}, [EveryIterations(20)], [10]),
+    ],
+)
+def test_what_nobody_knows_takes_no_place_either(
+    told: dict[int, bool | None], policies: list[Policy], removed: list[int]
+) -> None:
+    found = [Entry(iteration, left_behind=left) for iteration, left in told.items()]
+    assert removable(found, policies, max(told)) == removed
+
+
 POLICIES = st.lists(
     st.one_of(
         st.builds(MostRecent, st.integers(1, 4)),
@@ -143,9 +164,10 @@ POLICIES = st.lists(
     ),
     max_size=3,
 )
+_told = st.sampled_from([False, False, True, None])
 ENTRIES = st.dictionaries(
     st.integers(0, 12),
-    st.tuples(st.floats(-1e5, 1e5), st.dictionaries(st.just("loss"), st.sampled_from([1.0, 2.0, 3.0])), st.booleans()),
+    st.tuples(st.floats(-1e5, 1e5), st.dictionaries(st.just("loss"), st.sampled_from([1.0, 2.0, 3.0])), _told),
 ).map(lambda found: [Entry(iteration, *about) for iteration, about in found.items()])
 
 
@@ -168,3 +190,15 @@ def test_to_know_what_was_left_behind_never_removes_anything_more(
     unknown = [Entry(entry.iteration, entry.created, entry.metrics) for entry in present]
     removed = removable(present, policies, tracked, protected)
     assert set(removed) <= set(removable(unknown, policies, tracked, protected))
+
+
+@given(ENTRIES, POLICIES, st.integers(0, 12), st.lists(st.booleans(), min_size=13, max_size=13))
+def test_whatever_is_true_of_what_nobody_knows_no_more_is_removed_than_if_it_was_known(
+    present: list[Entry], policies: list[Policy], tracked: int, truth: list[bool]
+) -> None:
+    # Which spans of hours there are depends on all that there is; then nobody can say what each truth would keep.
+    among = [policy for policy in policies if not isinstance(policy, EveryHours)]
+    known = [
+        replace(entry, left_behind=truth[entry.iteration]) if entry.left_behind is None else entry for entry in present
+    ]
+    assert set(removable(present, among, tracked)) <= set(removable(known, among, tracked))

@@ -181,6 +181,37 @@ def test_where_nobody_knows_what_was_left_behind_nothing_goes(tmp_path: Path, co
         assert visible(tmp_path) == {f"iter_00000{number}" for number in (10, 30, 35)}
 
 
+def test_where_it_was_lost_what_was_left_behind_only_what_goes_in_any_case_goes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """20 and 30 were left behind. Neither their numbers nor their times tell."""
+    for iteration, start in ((10, 1), (20, 1), (30, 1), (35, 2)):
+        save(tmp_path, iteration, created=float(iteration), start=start)
+    policies: list[Policy] = [MostRecent(2)]
+    assert plan_sweep(tmp_path, policies, saved=35).removable == ()
+    assert caplog.messages == [
+        f"{tmp_path / STARTS} is gone, so nobody knows which checkpoints this run has left behind by going back; if "
+        "the directory was copied, copy that file too"
+    ]
+    remove_old_checkpoints(tmp_path, 1)
+    assert visible(tmp_path) == {f"iter_00000{number}" for number in (10, 20, 30, 35)}
+    assert plan_sweep(tmp_path, [EveryIterations(20)], saved=35).removable == (10, 30)
+    # The next start has counted itself: what it saves is certain, and that is enough once it is as many.
+    write_starts(tmp_path, Starts().followed_by(1002, 35, 2))
+    save(tmp_path, 40, created=40.0, start=1002)
+    assert plan_sweep(tmp_path, policies, saved=40).removable == (10, 20, 30)
+    assert plan_sweep(tmp_path, [MostRecent(3)], saved=40).removable == ()
+
+
+def test_without_notes_the_checkpoints_of_one_start_are_in_the_order_of_their_iterations(tmp_path: Path) -> None:
+    for iteration in (10, 20, 30):
+        save(tmp_path, iteration, created=-float(iteration), start=3)
+    assert plan_sweep(tmp_path, NEWEST, saved=30).removable == (10, 20)
+    save(tmp_path, 5)  # of a time when starts had no numbers
+    track(tmp_path, 30)
+    assert plan_sweep(tmp_path, NEWEST, saved=30).removable == (5, 10, 20)
+
+
 def test_the_tracker_of_other_readers_protects_its_target_too(tmp_path: Path) -> None:
     """A crash between the two trackers leaves them a save apart."""
     save_dir = saved(tmp_path, 100, 200, 300)

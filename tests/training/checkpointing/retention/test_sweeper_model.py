@@ -227,10 +227,12 @@ class Model:
     def _is_wanted(self, iteration: int) -> bool:
         reached = {i: about for i, about in self.committed.items() if i <= (self.tracked or 0)}
         present = {i: about for i, about in reached.items() if not self._was_left_behind(i)}
-        # What a rollback has left behind takes no place from the others, and has none of its own taken for it.
-        return self._has_a_reason(iteration, reached) or (
-            iteration in present and self._has_a_reason(iteration, present)
-        )
+        doubtful = {i: about for i, about in present.items() if self._is_doubtful(i)}
+        certain = {i: about for i, about in present.items() if i not in doubtful}
+        # What a rollback has left behind takes no place from the others, and has none of its own taken for it. Of what
+        # it may have left behind, all may be what it has, or none, or any one.
+        asked = [reached, present, certain, *(certain | {i: about} for i, about in doubtful.items())]
+        return any(iteration in among and self._has_a_reason(iteration, among) for among in asked)
 
     def begin(self, resumed: int) -> int:
         """Another start saves, which went on from the checkpoint of an iteration; the start that had saved that."""
@@ -248,6 +250,12 @@ class Model:
             return False
         start, last = self.saved_by[iteration], self.starts[-1]
         return start != len(self.starts) and (iteration, start) not in last.known and iteration > last.unknown
+
+    def _is_doubtful(self, iteration: int) -> bool:
+        if iteration not in self.saved_by or self._was_left_behind(iteration):
+            return False
+        start, last = self.saved_by[iteration], self.starts[-1]
+        return start != len(self.starts) and (iteration, start) not in last.known
 
     def _has_a_reason(self, iteration: int, reached: dict[int, tuple[float, dict[str, float]]]) -> bool:
         rules = self.rules
