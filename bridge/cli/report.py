@@ -32,7 +32,9 @@ class Reported:
 
 
 @click.command("report", help=DESCRIPTION, short_help="write a page that shows what saves have cost")
-@directory_argument()
+@directory_argument(
+    otherwise="name the directory that the run writes to, where its events are: checkpoint.save or staging_dir"
+)
 @click.option(
     "-o",
     "--output",

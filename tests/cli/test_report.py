@@ -25,7 +25,6 @@ from bridge.training.checkpointing.events.kinds import (
     FellBack,
     LoadResolved,
     RunStarted,
-    SaveCommitted,
     SaveFailed,
     SaveStarted,
 )
@@ -43,23 +42,10 @@ from bridge.training.checkpointing.events.report.view import (
 )
 from bridge.training.checkpointing.layout import EVENTS
 from tests.cli.test_rescue import bridge_ckpt
+from tests.training.checkpointing.events.samples import COMMON, committed
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-COMMON: dict[str, Any] = {"tier": "persistent", "checkpoint_format": "torch_dist"}
 MADE = 2000.0
-
-
-def committed(iteration: int, time: float, **values: Any) -> SaveCommitted:
-    given = {
-        "blocking_seconds": 2.0,
-        "background_seconds": 8.0,
-        "total_bytes": 3_000_000_000,
-        "write_seconds": 6.0,
-        "since_seconds": 50.0,
-        "metrics": {"loss": 4.0 - iteration / 10},
-        **values,
-    }
-    return SaveCommitted(time=time, iteration=iteration, path=f"run/iter_{iteration:07d}", **COMMON, **given)
 
 
 EVENTS_OF_A_RUN: list[Event] = [

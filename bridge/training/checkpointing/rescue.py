@@ -34,13 +34,15 @@ from bridge.training.checkpointing.errors import (
     DirectoryInUseError,
     NotEnoughSpaceError,
 )
+from bridge.training.checkpointing.events.kinds import CheckpointRescued
+from bridge.training.checkpointing.events.recording import record_alone
 from bridge.training.checkpointing.formats import torch_dist
 from bridge.training.checkpointing.layout import iteration_name, list_checkpoints
 from bridge.training.checkpointing.marks import is_marked
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.safety.safe_globals import allow
 from bridge.training.checkpointing.sidecar import Sidecar
-from bridge.training.checkpointing.starts import Starts, read_starts
+from bridge.training.checkpointing.starts import Starts, lost_starts, numbers_of_starts, read_starts
 from bridge.training.checkpointing.tiers import snapshot
 from bridge.training.checkpointing.tiers.memory.keeper_readers import OpenSnapshot, release_session, stored_snapshots
 from bridge.training.checkpointing.tiers.record import CONTENT_METADATA, KEY, SnapshotRecord
@@ -103,11 +105,24 @@ def rescue(save_dir: Path, *, force: bool = False, safe_globals: Sequence[str] =
     _take(save_dir)
     named, starts = _tracked(save_dir, force), _starts(save_dir, force)
     with _process_group_of_one() as ranks, stored_snapshots(session) as found:
-        states = newest_complete(_described(found, starts), str(save_dir))
+        described = _described(found, starts)
+        if not force:
+            require_known({record.start for _, (record, _) in described}, starts, save_dir)
+        states = newest_complete(described, str(save_dir))
         iteration = states[0][0].iteration
         if named is not None and iteration <= named and not force:
             return Rescued(iteration, named, None)
-        return Rescued(iteration, named, _publish(states, save_dir, ranks, started))
+        committed = _publish(states, save_dir, ranks, started)
+    event = CheckpointRescued(
+        iteration=iteration,
+        tier="persistent",
+        checkpoint_format="torch_dist",
+        total_bytes=committed.total_bytes,
+        path=str(committed.path),
+        seconds=time.monotonic() - started,
+    )
+    record_alone(event, committed.path)
+    return Rescued(iteration, named, committed)
 
 
 def _tracked(save_dir: Path, force: bool) -> int | None:
@@ -130,12 +145,31 @@ def _starts(save_dir: Path, force: bool) -> Starts:
         return read_starts(save_dir)
     except (CheckpointDamagedError, OSError) as error:
         if not force:
-            raise CheckpointDamagedError(
-                f"it is not known which snapshots the run of {save_dir} has left behind by going back; with --force "
-                f"the newest is taken: {error}"
-            ) from error
+            raise _unknown(save_dir, str(error)) from error
         logger.warning("going on without what the run has noted of its starts: %s", error)
         return Starts()
+
+
+def require_known(snapshots: set[int], starts: Starts, save_dir: Path) -> None:
+    """Refuse to choose among the snapshots of a run whose notes of its starts are lost.
+
+    Args:
+        snapshots: the numbers of the starts that they are of. If all that the run has left is of one start, that does
+            not matter.
+        starts: what is noted in `save_dir`.
+
+    Raises:
+        CheckpointDamagedError: it matters.
+    """
+    if not starts.entries and len((snapshots | numbers_of_starts(save_dir)) - {0}) > 1:
+        raise _unknown(save_dir, lost_starts(save_dir))
+
+
+def _unknown(save_dir: Path, problem: str) -> CheckpointDamagedError:
+    return CheckpointDamagedError(
+        f"it is not known which snapshots the run of {save_dir} has left behind by going back; with --force the "
+        f"newest is taken: {problem}"
+    )
 
 
 def end_keepers(save_dir: Path) -> list[int]:
@@ -273,8 +307,7 @@ def _publish(states: Sequence[_Described], save_dir: Path, ranks: Ranks, started
             world_size=record.world_size,
             start=record.start,
         )
-        save.accept(ranks.run("writing what was rescued", save.write))
-        save.publish()
+        save.finish("writing what was rescued", save.write, lambda: None)
     except BaseException:
         commit.abandon(staging)
         raise

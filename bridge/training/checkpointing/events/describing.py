@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 from bridge.training.checkpointing.events.kinds import (
+    CheckpointConverted,
     CheckpointDeleted,
     CheckpointLoaded,
+    CheckpointRescued,
     CheckpointsRetained,
     Event,
     FellBack,
@@ -15,7 +17,11 @@ from bridge.training.checkpointing.events.kinds import (
     RunStarted,
     SaveCommitted,
     SaveFailed,
+    SaveSkipped,
     SaveStarted,
+    UploadFailed,
+    UploadFinished,
+    UploadStarted,
 )
 from bridge.training.checkpointing.resolve import NAMES
 
@@ -85,6 +91,13 @@ def describe(event: Event) -> str:
         case SaveFailed():
             failed = "failed after it was published" if event.published else "failed"
             return f"saving the {_of(event)} {failed}: {event.error}: {event.message}"
+        case SaveSkipped():
+            return f"the {_of(event)} is skipped: the one before is still being written"
+        case CheckpointRescued():
+            return f"rescued the {_of(event)} from memory to {event.path}{_cost(event)}"
+        case CheckpointConverted():
+            made = f"converted {event.source} ({event.source_format}) to {event.path} ({event.checkpoint_format})"
+            return f"{made}{_cost(event)}"
         case CheckpointsRetained():
             return f"retention kept {event.kept} and deleted {event.deleted} after iteration {event.iteration}"
         case CheckpointDeleted():
@@ -93,7 +106,23 @@ def describe(event: Event) -> str:
             return f"loading {event.path}: {event.reason}" if event.path else f"nothing to load: {event.reason}"
         case FellBack():
             return f"passed over {event.path}, went back to {event.to}: {event.message}"
+        case UploadStarted():
+            return f"uploading the {_of(event)} to {event.path}"
+        case UploadFinished():
+            rate = event.gigabytes_per_second
+            sent = "" if event.sent_bytes is None else f"{size(event.sent_bytes)} sent in "
+            speed = "" if rate is None else f", at {rate:.2f} GB/s"
+            return f"uploaded the {_of(event)} to {event.path}: {sent}{event.background_seconds or 0.0:.2f} s{speed}"
+        case UploadFailed():
+            what = "" if event.iteration is None else f"the {_of(event)} "
+            return f"uploading {what}to {event.path} failed: {event.message}"
     return f"{event.kind.replace('_', ' ')}: {_of(event)}"
+
+
+def _cost(event: CheckpointRescued | CheckpointConverted) -> str:
+    parts = [] if event.total_bytes is None else [size(event.total_bytes)]
+    parts += [] if event.seconds is None else [f"{event.seconds:.2f} s"]
+    return f": {', '.join(parts)}" if parts else ""
 
 
 def size(total: int) -> str:

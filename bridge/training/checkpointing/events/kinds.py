@@ -137,6 +137,41 @@ class SaveFailed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SaveSkipped(Event):
+    """A save that was due was left out, as `checkpoint.async_when_busy: skip` wants it."""
+
+    kind: ClassVar[str] = "save_skipped"
+
+    path: str = ""
+    """The directory of checkpoints that it would have gone to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRescued(Event):
+    """What dead trainers had left in memory was published as a checkpoint, without the run."""
+
+    kind: ClassVar[str] = "checkpoint_rescued"
+
+    path: str = ""
+    seconds: float | None = None
+    """That it took."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConverted(Event):
+    """A checkpoint was published in another format, `checkpoint_format`, without a run."""
+
+    kind: ClassVar[str] = "checkpoint_converted"
+
+    path: str = ""
+    source: str = ""
+    """The checkpoint that it was made of."""
+    source_format: str = ""
+    seconds: float | None = None
+    """That it took."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointsRetained(Event):
     """Retention has run, after the checkpoint of `iteration` was published."""
 
@@ -194,6 +229,46 @@ class FellBack(Event):
     message: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class UploadStarted(Event):
+    """The upload of a published checkpoint to object storage has begun, or goes on after a failure."""
+
+    kind: ClassVar[str] = "upload_started"
+
+    path: str = ""
+    """Its URL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadFinished(Event):
+    """A checkpoint is in object storage, after `background_seconds`."""
+
+    kind: ClassVar[str] = "upload_finished"
+
+    path: str = ""
+    """Its URL."""
+    sent_bytes: int | None = None
+    """Without what an earlier try had sent."""
+
+    @property
+    def gigabytes_per_second(self) -> float | None:
+        """How fast it was sent, in 10^9 bytes a second. None for what no clock can have measured."""
+        if self.sent_bytes is None or not self.background_seconds or self.background_seconds < _SHORTEST:
+            return None
+        return self.sent_bytes / 1e9 / self.background_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadFailed(Event):
+    """An upload failed, after `background_seconds`. Where it may succeed later, it is tried again."""
+
+    kind: ClassVar[str] = "upload_failed"
+
+    path: str = ""
+    """The URL of the checkpoint; of the place, where the failure is no single checkpoint's."""
+    message: str = ""
+
+
 KINDS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
@@ -203,11 +278,17 @@ KINDS: dict[str, type[Event]] = {
         SaveWritten,
         SaveCommitted,
         SaveFailed,
+        SaveSkipped,
+        CheckpointRescued,
+        CheckpointConverted,
         CheckpointsRetained,
         CheckpointDeleted,
         LoadResolved,
         CheckpointLoaded,
         FellBack,
+        UploadStarted,
+        UploadFinished,
+        UploadFailed,
         RunEnded,
     )
 }

@@ -9,6 +9,9 @@ from bridge.training.checkpointing.events.kinds import (
     FellBack,
     SaveCommitted,
     SaveFailed,
+    SaveSkipped,
+    UploadFailed,
+    UploadFinished,
 )
 
 PREFIX = "checkpoint"
@@ -31,12 +34,22 @@ def numbers_of(event: Event) -> dict[str, float]:
             }
         case SaveFailed():
             found = {"failed": 1.0}
+        case SaveSkipped():
+            found = {"skipped": 1.0}
         case CheckpointLoaded():
             found = {"load_seconds": event.blocking_seconds}
         case FellBack():
             found = {"fell_back": 1.0}
         case CheckpointsRetained():
             found = {"kept": float(event.kept), "deleted": float(event.deleted)}
+        case UploadFinished():
+            found = {
+                "upload_seconds": event.background_seconds,
+                "upload_gigabytes": None if event.sent_bytes is None else event.sent_bytes / 1e9,
+                "upload_gigabytes_per_second": event.gigabytes_per_second,
+            }
+        case UploadFailed():
+            found = {"upload_failed": 1.0}
         case _:
             return {}
     place = PREFIX if event.tier in (None, "persistent") else f"{PREFIX}/{event.tier}"

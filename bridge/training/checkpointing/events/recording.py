@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -10,16 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.training.callbacks import CheckpointKind
-from bridge.training.checkpointing.events.describing import error_text, loaded_line, saved_line, shortened
+from bridge.training.checkpointing.contents.run_config import read_run_config, value_at
+from bridge.training.checkpointing.events.describing import describe, error_text, loaded_line, saved_line, shortened
 from bridge.training.checkpointing.events.file import EventFile
 from bridge.training.checkpointing.events.kinds import (
     CheckpointDeleted,
     CheckpointLoaded,
     CheckpointsRetained,
+    Event,
     FellBack,
     LoadResolved,
     SaveCommitted,
     SaveFailed,
+    SaveSkipped,
     SaveStarted,
     SaveWritten,
     SnapshotTaken,
@@ -58,6 +62,8 @@ class Pace:
 
     resumed: float | None = None
     """After the load, by the monotonic clock; None before training began."""
+    skipped: int = field(default=0, init=False)
+    """Saves that were left out since the last one began."""
     _published: dict[bool, float] = field(default_factory=dict, init=False)
     """By whether they went into memory, when training went on after the last save was published."""
 
@@ -92,6 +98,7 @@ class SaveRecord:
 
     def begun(self, directory: Path) -> None:
         """The save was asked for."""
+        self.pace.skipped = 0
         self.events.emit(SaveStarted(**self._common(), path=str(directory), background=self.background))
 
     def captured(self) -> None:
@@ -157,6 +164,35 @@ class SaveRecord:
             "blocking_seconds": self._captured - self.started + (now - halted),
             "background_seconds": halted - self._captured,
         }
+
+
+def record_skipped(
+    events: EventStream, pace: Pace, iteration: int, tier: CheckpointKind, checkpoint_format: str, directory: Path
+) -> bool:
+    """A save that was due is left out; return whether it is the first since one began, so that people are to be told.
+
+    With a rule of time a save is due at every step until one is made.
+    """
+    pace.skipped += 1
+    events.emit(SaveSkipped(iteration=iteration, tier=tier, checkpoint_format=checkpoint_format, path=str(directory)))
+    return pace.skipped == 1
+
+
+def record_alone(event: Event, checkpoint: Path) -> None:
+    """Tell of something that no run has done: in the log, and in the directory's file of events. Never raises.
+
+    Args:
+        event: what has happened.
+        checkpoint: the one that it is about. Where the run that it is of keeps no events, none are kept.
+    """
+    logger.info("%s", describe(event))
+    try:
+        if value_at(read_run_config(checkpoint), "logger", "checkpoint_events", True) is not True:
+            return
+        with contextlib.closing(EventFile(checkpoint.parent)) as file:
+            file.take(event)
+    except Exception as error:
+        logger.warning("%s is not kept in %s: %s", event.kind, checkpoint.parent, error_text(error))
 
 
 def record_retention(events: EventStream, save_dir: Path, iteration: int, tier: CheckpointKind, swept: Swept) -> None:

@@ -12,6 +12,8 @@ from bridge.training.checkpointing.events.kinds import (
     SaveStarted,
     SaveWritten,
     SnapshotTaken,
+    UploadFailed,
+    UploadFinished,
 )
 
 Attribute = str | int | float | bool
@@ -53,6 +55,8 @@ class Spans:
                 return [_save(self._saves.pop(key, []), event)]
             case CheckpointLoaded():
                 return [_load(event)]
+            case UploadFinished() | UploadFailed():
+                return [_upload(event)]
         return []
 
 
@@ -82,7 +86,15 @@ def _load(event: CheckpointLoaded) -> Span:
     return Span("checkpoint.load", start, event.time, _attributes(event), None, tuple(children))
 
 
-def _attributes(event: SaveCommitted | SaveFailed | CheckpointLoaded) -> dict[str, Attribute]:
+def _upload(event: UploadFinished | UploadFailed) -> Span:
+    error = event.message if isinstance(event, UploadFailed) else None
+    start = event.time - (event.background_seconds or 0.0)
+    return Span("checkpoint.upload", start, event.time, _attributes(event), error)
+
+
+def _attributes(
+    event: SaveCommitted | SaveFailed | CheckpointLoaded | UploadFinished | UploadFailed,
+) -> dict[str, Attribute]:
     values: dict[str, Attribute | None] = {
         "checkpoint.iteration": event.iteration,
         "checkpoint.tier": event.tier,

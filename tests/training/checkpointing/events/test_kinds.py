@@ -154,6 +154,22 @@ DESCRIBED = [
     ),
     (kinds.LoadResolved(reason="checkpoint.load is not set"), "nothing to load: checkpoint.load is not set"),
     (kinds.FellBack(path="a", to="b", message="a is damaged"), "passed over a, went back to b: a is damaged"),
+    (
+        kinds.UploadStarted(iteration=3, tier="persistent", path="s3://b/iter_0000003"),
+        "uploading the persistent checkpoint of iteration 3 to s3://b/iter_0000003",
+    ),
+    (
+        kinds.UploadFinished(
+            iteration=3, tier="persistent", path="s3://b/iter_0000003", sent_bytes=1 << 30, background_seconds=2.0
+        ),
+        "uploaded the persistent checkpoint of iteration 3 to s3://b/iter_0000003: 1.00 GiB sent in 2.00 s, at 0.54 "
+        "GB/s",
+    ),
+    (kinds.UploadFailed(path="s3://b", message="refused"), "uploading to s3://b failed: refused"),
+    (
+        kinds.UploadFailed(iteration=3, tier="persistent", path="s3://b/iter_0000003", message="refused"),
+        "uploading the persistent checkpoint of iteration 3 to s3://b/iter_0000003 failed: refused",
+    ),
 ]
 
 
@@ -179,6 +195,15 @@ NUMBERS = [
     (kinds.FellBack(), {"checkpoint/fell_back": 1.0}),
     (kinds.CheckpointsRetained(kept=3, deleted=1), {"checkpoint/kept": 3.0, "checkpoint/deleted": 1.0}),
     (kinds.SaveStarted(), {}),
+    (
+        kinds.UploadFinished(tier="persistent", sent_bytes=3 * 10**9, background_seconds=1.5),
+        {
+            "checkpoint/upload_seconds": 1.5,
+            "checkpoint/upload_gigabytes": 3.0,
+            "checkpoint/upload_gigabytes_per_second": 2.0,
+        },
+    ),
+    (kinds.UploadFailed(), {"checkpoint/upload_failed": 1.0}),
 ]
 
 

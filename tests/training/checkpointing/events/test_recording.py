@@ -18,6 +18,8 @@ from bridge.training.checkpointing.events.kinds import (
     SaveStarted,
     SaveWritten,
     SnapshotTaken,
+    UploadFailed,
+    UploadFinished,
 )
 from bridge.training.checkpointing.events.recording import (
     Pace,
@@ -274,6 +276,11 @@ def test_spans_hold_what_was_inside_them() -> None:
     )
     (failed,) = spans.after(SaveFailed(time=120.0, **common, blocking_seconds=5.0, error="OSError", message="no"))
     assert (failed.start, failed.end, failed.error, failed.children) == (115.0, 120.0, "OSError: no", ())
+    (upload,) = spans.after(UploadFinished(time=90.0, iteration=3, background_seconds=4.0, path="s3://b/i"))
+    assert (upload.name, upload.start, upload.end, upload.error) == ("checkpoint.upload", 86.0, 90.0, None)
+    assert upload.attributes["checkpoint.path"] == "s3://b/i"
+    (refused,) = spans.after(UploadFailed(time=90.0, path="s3://b", message="refused"))
+    assert (refused.start, refused.error) == (90.0, "refused")
     (load,) = spans.after(CheckpointLoaded(time=50.0, blocking_seconds=3.0, phases={"reading": 2.0, "applying": 1.0}))
     assert [(child.name, child.start, child.end) for child in load.children] == [
         ("checkpoint.reading", 47.0, 49.0),

@@ -26,7 +26,6 @@ from bridge.training.checkpointing.events.kinds import (
     Event,
     LoadResolved,
     RunEnded,
-    SaveCommitted,
     SaveFailed,
     SaveStarted,
     SnapshotTaken,
@@ -36,24 +35,14 @@ from bridge.training.checkpointing.events.sinks.requiring import require
 from bridge.training.checkpointing.events.stream import EventStream
 from bridge.training.config import LoggerConfig
 from tests.distributed.launch import run_ranks
+from tests.training.checkpointing.events.samples import COMMON, committed
 
-COMMON: dict[str, Any] = {"tier": "persistent", "checkpoint_format": "torch_dist"}
 EVENTS: list[Event] = [
     LoadResolved(time=1000.0, path="runs/mine/iter_0000010", iteration=10, reason="it is the newest"),
     CheckpointLoaded(time=1004.0, iteration=10, blocking_seconds=4.0, phases={"reading": 3.0, "applying": 1.0}),
     SaveStarted(time=1100.0, iteration=20, **COMMON),
     SnapshotTaken(time=1101.0, iteration=20, **COMMON, blocking_seconds=1.0),
-    SaveCommitted(
-        time=1108.0,
-        iteration=20,
-        **COMMON,
-        blocking_seconds=2.0,
-        background_seconds=6.0,
-        total_bytes=3_000_000_000,
-        write_seconds=1.5,
-        since_seconds=100.0,
-        path="runs/mine/iter_0000020",
-    ),
+    committed(20, 1108.0, "runs/mine", background_seconds=6.0, write_seconds=1.5, since_seconds=100.0, metrics={}),
     SaveFailed(time=1200.0, iteration=30, **COMMON, error="CheckpointSaveError", message="no room"),
 ]
 END = RunEnded(time=1300.0, iteration=30, reason="train.train_iters (30) reached")

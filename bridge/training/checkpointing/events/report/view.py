@@ -17,7 +17,9 @@ from bridge.training.checkpointing.events.kinds import (
     RunStarted,
     SaveCommitted,
     SaveFailed,
+    SaveSkipped,
     SaveStarted,
+    UploadFailed,
 )
 
 Status = Literal["published", "failed", "unfinished"]
@@ -294,11 +296,34 @@ def _troubles(events: Sequence[Event], saves: Iterable[SaveRow]) -> tuple[Troubl
         elif isinstance(event, FellBack):
             text = f"{event.message} (went back to {event.to})"
             found.append(Trouble(event.time, event.iteration, "fell back", text))
+        elif isinstance(event, UploadFailed):
+            found.append(Trouble(event.time, event.iteration, "upload failed", f"{event.message} ({event.path})"))
+    found += _skipped(events)
     for save in saves:
         if save.status == "unfinished" and save.time is not None:
             text = "it began, and neither its end nor its failure is known: the run was killed, or is at it"
             found.append(Trouble(save.time, save.iteration, "save unfinished", text))
     return tuple(sorted(found, key=lambda trouble: trouble.time))
+
+
+def _skipped(events: Iterable[Event]) -> list[Trouble]:
+    """One line for the saves that were left out between two that began: there may be one at every step."""
+    stretches: list[list[SaveSkipped]] = [[]]
+    for event in events:
+        if isinstance(event, SaveSkipped):
+            stretches[-1].append(event)
+        elif isinstance(event, SaveStarted) and stretches[-1]:
+            stretches.append([])
+    return [
+        Trouble(
+            stretch[0].time,
+            stretch[0].iteration,
+            "saves skipped" if len(stretch) > 1 else "save skipped",
+            f"the one before was still being written; {len(stretch)} in a row, up to iteration {stretch[-1].iteration}",
+        )
+        for stretch in stretches
+        if stretch
+    ]
 
 
 def _pieces(losses: Iterable[LossPoint]) -> list[list[LossPoint]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bridge.training.checkpointing.events.describing import describe
-from bridge.training.checkpointing.events.kinds import Event, FellBack, LoadResolved, SaveFailed
+from bridge.training.checkpointing.events.kinds import Event, FellBack, LoadResolved, SaveFailed, UploadFailed
 from bridge.training.checkpointing.events.numbers import PREFIX, numbers_of
 from bridge.training.checkpointing.events.sinks.requiring import require
 
@@ -57,7 +57,7 @@ class CometSink:
         numbers = numbers_of(event)
         if numbers:
             self._experiment.log_metrics(numbers, step=event.iteration)
-        if isinstance(event, SaveFailed | FellBack):
+        if isinstance(event, SaveFailed | FellBack | UploadFailed):
             self._experiment.log_text(describe(event), step=event.iteration)
         if isinstance(event, LoadResolved):
             self._experiment.log_other(f"{PREFIX}/started_from", event.path or "scratch")

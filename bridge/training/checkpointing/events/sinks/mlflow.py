@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bridge.training.checkpointing.events.describing import describe
-from bridge.training.checkpointing.events.kinds import Event, FellBack, LoadResolved, RunEnded, SaveFailed
+from bridge.training.checkpointing.events.kinds import Event, FellBack, LoadResolved, RunEnded, SaveFailed, UploadFailed
 from bridge.training.checkpointing.events.numbers import PREFIX, numbers_of
 from bridge.training.checkpointing.events.sinks.requiring import require
 
@@ -45,7 +45,7 @@ class MlflowSink:
         metrics = [self._metric(name, value, moment, step) for name, value in numbers_of(event).items()]
         if metrics:
             self._client.log_batch(self._run, metrics=metrics)
-        if isinstance(event, SaveFailed | FellBack):
+        if isinstance(event, SaveFailed | FellBack | UploadFailed):
             self._client.set_tag(self._run, f"{PREFIX}.trouble", describe(event)[:_LONGEST_TAG])
         if isinstance(event, LoadResolved):
             self._client.set_tag(self._run, f"{PREFIX}.started_from", event.path or "scratch")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bridge.training.checkpointing.events.describing import describe
-from bridge.training.checkpointing.events.kinds import Event, FellBack, SaveCommitted, SaveFailed
+from bridge.training.checkpointing.events.kinds import Event, FellBack, SaveCommitted, SaveFailed, UploadFailed
 from bridge.training.checkpointing.events.numbers import PREFIX, numbers_of
 from bridge.training.checkpointing.events.sinks.requiring import require
 
@@ -27,7 +27,7 @@ class TensorBoardSink:
         """Write the numbers of an event, and the text of one that somebody should look at."""
         for name, value in numbers_of(event).items():
             self._writer.add_scalar(name, value, event.iteration, walltime=event.time)
-        if isinstance(event, SaveFailed | FellBack):
+        if isinstance(event, SaveFailed | FellBack | UploadFailed):
             self._writer.add_text(f"{PREFIX}/trouble", describe(event), event.iteration, walltime=event.time)
         if isinstance(event, SaveCommitted | SaveFailed):
             self._writer.flush()

@@ -6,7 +6,7 @@ import uuid
 from typing import Any
 
 from bridge.training.checkpointing.events.describing import describe
-from bridge.training.checkpointing.events.kinds import Event, FellBack, LoadResolved, SaveFailed
+from bridge.training.checkpointing.events.kinds import Event, FellBack, LoadResolved, SaveFailed, UploadFailed
 from bridge.training.checkpointing.events.numbers import PREFIX, numbers_of
 from bridge.training.checkpointing.events.sinks.requiring import require
 
@@ -62,7 +62,7 @@ class WandbSink:
         numbers = numbers_of(event)
         if numbers:
             self._run.log({_STEP: event.iteration, **numbers})
-        if isinstance(event, SaveFailed | FellBack):
+        if isinstance(event, SaveFailed | FellBack | UploadFailed):
             self._run.alert(title=event.kind.replace("_", " "), text=describe(event))
         if isinstance(event, LoadResolved):
             self._run.summary[f"{PREFIX}/started_from"] = event.path or "scratch"
