@@ -55,5 +55,15 @@ class ObjectUrl:
     def __truediv__(self, name: str) -> ObjectUrl:
         return ObjectUrl(self.bucket, self.key(name))
 
+    @property
+    def name(self) -> str:
+        """The last part of the path; empty for a bucket."""
+        return self.prefix.rpartition("/")[2]
+
+    @property
+    def parent(self) -> ObjectUrl:
+        """The place that this one is directly below; a bucket is its own."""
+        return ObjectUrl(self.bucket, self.prefix.rpartition("/")[0])
+
     def __str__(self) -> str:
         return f"{SCHEME}{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")

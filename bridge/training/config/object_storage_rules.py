@@ -26,6 +26,14 @@ def object_storage_rules(checkpoint: CheckpointConfig) -> Iterator[Violation]:
     minutes = checkpoint.upload_wait_minutes
     if minutes <= 0:
         yield Violation("checkpoint.upload_wait_minutes", minutes, "is too small", "set it to a number above 0")
+    if minutes >= checkpoint.wait_timeout_minutes and (checkpoint.mirror is not None or is_url(checkpoint.save)):
+        yield Violation(
+            "checkpoint.upload_wait_minutes",
+            minutes,
+            f"is not below checkpoint.wait_timeout_minutes ({checkpoint.wait_timeout_minutes}), so the other ranks "
+            "would take rank 0 for lost while it waits for uploads",
+            "set it to less, or that to more",
+        )
     for field in ("save", "load", "mirror"):
         url = getattr(checkpoint, field)
         if is_url(url) or (field == "mirror" and url is not None):

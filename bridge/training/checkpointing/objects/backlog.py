@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bridge.training.checkpointing.integrity import Manifest
-from bridge.training.checkpointing.retention.policies import Entry, Policy, removable
+from bridge.training.checkpointing.objects.listing import entries_of
+from bridge.training.checkpointing.retention.policies import Policy, removable
 from bridge.training.checkpointing.starts import Starts
 
 
@@ -69,11 +70,7 @@ def unneeded(sides: Sides, policies: Sequence[Policy], starts: Starts | None = N
     tracked = sides.remote_tracked if target is None else target
     if tracked is None:
         return set()
-    known = starts or Starts()
-    entries = [
-        Entry(n, m.created or 0.0, m.metrics, known.have_left_behind(n, m.start))
-        for n, m in {**sides.remote, **sides.local}.items()
-    ]
+    entries = entries_of({**sides.remote, **sides.local}, starts)
     return {n for n in removable(entries, policies, tracked) if n in sides.local and n not in sides.remote}
 
 

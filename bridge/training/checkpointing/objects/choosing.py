@@ -69,7 +69,8 @@ def choose(listing: BucketListing, ckpt_step: int | None, *, fallback: bool, set
     if not whole and (listing.unreadable or listing.foreign):
         found = [*listing.unreadable.values(), *listing.foreign][:5]
         raise NotACheckpointError(f"{setting}: there is no checkpoint in {listing.url}; found in it: {_listed(found)}")
-    return [(n, "it is the newest whole one in the bucket, which has no tracker") for n in whole]
+    trackers = "whose trackers name no whole one" if listing.has_tracker else "which has no tracker"
+    return [(n, f"it is the newest whole one in the bucket, {trackers}") for n in whole]
 
 
 def _absent(listing: BucketListing, step: int, setting: str) -> CheckpointNotFoundError:

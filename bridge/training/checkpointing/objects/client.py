@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from bridge.training.checkpointing.errors import ObjectStoreError
+from bridge.training.checkpointing.errors import CheckpointDamagedError, ObjectStoreError
+from bridge.training.checkpointing.objects.labels import CHECKSUM, is_of
 from bridge.training.checkpointing.objects.transfer import TransferOptions, advice, may_pass
 from bridge.training.object_url import ObjectUrl
 
@@ -69,17 +70,24 @@ class ObjectStore:
 
         Raises:
             ObjectStoreError: it cannot be had; `missing` says whether there is none.
+            CheckpointDamagedError: it is not what the checksum that is stored beside it says.
         """
 
-        def fetch() -> bytes:
-            return bytes(self._client.get_object(Bucket=self.bucket, Key=key)["Body"].read(_LARGEST + 1))
+        def fetch() -> tuple[bytes, str]:
+            answer = self._client.get_object(Bucket=self.bucket, Key=key)
+            return bytes(answer["Body"].read(_LARGEST + 1)), _label_in(answer)
 
-        data = self._call("GetObject", key, fetch)
-        if len(data) > _LARGEST:
-            raise ObjectStoreError(
-                f"{ObjectUrl(self.bucket, key)} has more than {_LARGEST >> 20} MiB, and is read whole"
-            )
-        return data
+        for _ in range(2):  # what went wrong on the way is right at the second try
+            data, label = self._call("GetObject", key, fetch)
+            if len(data) > _LARGEST:
+                raise ObjectStoreError(
+                    f"{ObjectUrl(self.bucket, key)} has more than {_LARGEST >> 20} MiB, and is read whole"
+                )
+            if is_of(data, label):
+                return data
+        raise CheckpointDamagedError(
+            f"{ObjectUrl(self.bucket, key)} holds other bytes than those which were uploaded with {CHECKSUM} {label}"
+        )
 
     def find(self, key: str) -> bytes | None:
         """An object's bytes; None if there is no such object."""
@@ -90,7 +98,7 @@ class ObjectStore:
                 raise
             return None
 
-    def read(self, key: str, into: memoryview, at: int = 0, etag: str | None = None) -> None:
+    def read(self, key: str, into: memoryview, at: int = 0, etag: str | None = None, label: str = "") -> None:
         """Fill memory with an object's bytes from `at` on.
 
         Args:
@@ -98,16 +106,24 @@ class ObjectStore:
             into: the memory.
             at: bytes from the object's beginning.
             etag: of the object as it was listed: another one in its place is an error.
+            label: that it has if it has one, see `labels`; any, if it is empty.
 
         Raises:
             ObjectStoreError: it cannot be had, is another one, or ends before that.
+            CheckpointDamagedError: it has another label.
         """
         if not into:
             return
         span: dict[str, Any] = {"Range": f"bytes={at}-{at + len(into) - 1}"} | ({"IfMatch": etag} if etag else {})
 
         def fetch() -> None:
-            body = self._client.get_object(Bucket=self.bucket, Key=key, **span)["Body"]
+            answer = self._client.get_object(Bucket=self.bucket, Key=key, **span)
+            found = _label_in(answer)
+            if label and found and found != label:
+                raise CheckpointDamagedError(
+                    f"{ObjectUrl(self.bucket, key)} was uploaded with {CHECKSUM} {found} instead of {label}"
+                )
+            body = answer["Body"]
             done = 0
             while done < len(into):
                 block = body.read(min(_BLOCK, len(into) - done))
@@ -370,6 +386,10 @@ def _answer(error: Exception) -> tuple[int, str]:
         status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return status, str(response.get("Error", {}).get("Code", ""))
     return 0, type(error).__name__
+
+
+def _label_in(answer: Mapping[str, Any]) -> str:
+    return str((answer.get("Metadata") or {}).get(CHECKSUM, ""))
 
 
 def _shown(status: int, code: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridge.training.checkpointing import checksums
@@ -47,6 +47,8 @@ class BucketListing:
     """Whether there is one at all."""
     foreign: tuple[str, ...]
     """Other names."""
+    trackers: dict[str, int | None] = field(default_factory=dict)
+    """What each tracker that there is leads to; None where that is nothing."""
 
     @property
     def iterations(self) -> tuple[int, ...]:
@@ -59,10 +61,7 @@ class BucketListing:
         Args:
             starts: of the run, as far as they are known.
         """
-        known = starts or Starts()
-        return [
-            Entry(n, m.created or 0.0, m.metrics, known.have_left_behind(n, m.start)) for n, m in self.manifests.items()
-        ]
+        return entries_of(self.manifests, starts)
 
     def present_line(self) -> list[int]:
         """The whole checkpoints that no rollback has left behind, as far as their times tell; ascending."""
@@ -70,30 +69,53 @@ class BucketListing:
         return [entry.iteration for entry in line]
 
 
-def list_bucket(store: ObjectStore, url: ObjectUrl) -> BucketListing:
-    """Look at all checkpoints below a place. Their markers are read, nothing else.
+def entries_of(manifests: Mapping[int, Manifest], starts: Starts | None = None) -> list[Entry]:
+    """Checkpoints as retention sees them.
+
+    Args:
+        manifests: by iteration.
+        starts: of the run, as far as they are known.
+    """
+    told = (starts or Starts()).judge_to_delete((n, m.start) for n, m in manifests.items())
+    return [Entry(n, m.created or 0.0, m.metrics, left) for (n, m), left in zip(manifests.items(), told, strict=True)]
+
+
+def list_bucket(store: ObjectStore, url: ObjectUrl, known: dict[int, Manifest] | None = None) -> BucketListing:
+    """Look at all checkpoints below a place. Their markers and the trackers are read, nothing else.
+
+    Args:
+        store: of its bucket.
+        url: the place.
+        known: manifests that were read before, by whoever alone changes the place and forgets what it changes. They are
+            not read again, and those that are read are added.
 
     Raises:
         ObjectStoreError: the store cannot be read.
     """
     objects, below = store.names(url.key())
     found = {n: name for name in below if (n := parse_iteration_name(name)) is not None}
-    manifests: dict[int, Manifest] = {}
+    manifests = {} if known is None else {n: manifest for n, manifest in known.items() if n in found}
+    unread = sorted(found.keys() - manifests.keys())
     unfinished: list[int] = []
     unreadable: dict[int, str] = {}
-    for iteration, marker in zip(sorted(found), _markers(store, url, sorted(found)), strict=True):
+    for iteration, marker in zip(unread, _markers(store, url, unread), strict=True):
         if marker is None:
             unfinished.append(iteration)
-            continue
-        try:
-            manifests[iteration] = parse_marker(marker, url / found[iteration])
-        except CheckpointDamagedError as error:
-            unreadable[iteration] = str(error)
-    own = store.find(url.key(TRACKER)) if TRACKER in objects else None
-    legacy = store.find(url.key(LEGACY_TRACKER)) if LEGACY_TRACKER in objects else None
-    named = [target for target in (_own_target(own, manifests), _legacy_target(legacy)) if target is not None]
-    known = {TRACKER, LEGACY_TRACKER, *found.values()}
-    foreign = sorted(n for n in {*objects, *below} - known if n and not n.startswith("."))
+        elif isinstance(marker, Manifest):
+            manifests[iteration] = marker
+        else:
+            unreadable[iteration] = marker
+    manifests = dict(sorted(manifests.items()))
+    if known is not None:
+        known.clear()
+        known.update(manifests)
+    own = _tracker(store, url.key(TRACKER)) if TRACKER in objects else None
+    legacy = _tracker(store, url.key(LEGACY_TRACKER)) if LEGACY_TRACKER in objects else None
+    trackers: dict[str, int | None] = {} if own is None else {TRACKER: _own_target(own, manifests)}
+    trackers |= {} if legacy is None else {LEGACY_TRACKER: _legacy_target(legacy)}
+    named = [target for target in trackers.values() if target is not None]
+    ours = {TRACKER, LEGACY_TRACKER, *found.values()}
+    foreign = sorted(n for n in {*objects, *below} - ours if n and not n.startswith("."))
     return BucketListing(
         url,
         manifests,
@@ -103,6 +125,7 @@ def list_bucket(store: ObjectStore, url: ObjectUrl) -> BucketListing:
         frozenset(named),
         own is not None or legacy is not None,
         tuple(foreign),
+        trackers,
     )
 
 
@@ -126,10 +149,26 @@ def parse_marker(data: bytes, url: ObjectUrl) -> Manifest:
     return manifest
 
 
-def _markers(store: ObjectStore, url: ObjectUrl, iterations: Iterable[int]) -> list[bytes | None]:
-    keys = [url.key(iteration_name(iteration), MANIFEST) for iteration in iterations]
+def _markers(store: ObjectStore, url: ObjectUrl, iterations: Iterable[int]) -> list[Manifest | str | None]:
+    """The manifest of each; what is wrong with it; or None where there is none."""
+
+    def read(place: ObjectUrl) -> Manifest | str | None:
+        try:
+            marker = store.find(place.key(MANIFEST))
+            return None if marker is None else parse_marker(marker, place)
+        except CheckpointDamagedError as error:
+            return str(error)
+
     with ThreadPoolExecutor(store.options.threads, thread_name_prefix="bucket-list") as pool:
-        return list(pool.map(store.find, keys))
+        return list(pool.map(read, [url / iteration_name(iteration) for iteration in iterations]))
+
+
+def _tracker(store: ObjectStore, key: str) -> bytes | None:
+    try:
+        return store.find(key)
+    except CheckpointDamagedError as error:
+        logger.warning("%s", error)
+        return b""  # it names nothing
 
 
 def _own_target(tracker: bytes | None, manifests: Mapping[int, Manifest]) -> int | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import logging
 import os
 import shutil
 import socket
@@ -16,10 +19,15 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import CheckpointDamagedError, NotEnoughSpaceError
 from bridge.training.checkpointing.integrity import FileRecord
 from bridge.training.checkpointing.objects.client import ObjectStore
+from bridge.training.checkpointing.objects.labels import label_for
 from bridge.training.checkpointing.objects.parallel import in_parallel
 from bridge.training.checkpointing.objects.transfer import MIB, parts_of
 from bridge.training.checkpointing.verification import shares
 from bridge.training.object_url import ObjectUrl
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "bridge-objects-"
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class LocalCopy:
     """Of this rank, among those that share the directory."""
     sharing: int
     """How many they are."""
+    lock: int
+    """The descriptor that keeps others from taking `own` for a dead process's."""
 
     @classmethod
     def make(cls, name: str, ranks: Ranks) -> LocalCopy:
@@ -43,9 +53,7 @@ class LocalCopy:
             name: of the checkpoint.
             ranks: all ranks.
         """
-        own = ranks.run(
-            "making a directory for parts of the checkpoint", lambda: Path(tempfile.mkdtemp(prefix="bridge-objects-"))
-        )
+        own, lock = ranks.run("making a directory for parts of the checkpoint", make_directory)
         machine = socket.gethostname()
         found = ranks.gather_all("sharing a directory", (machine, str(own)))
         # In containers of one machine, a directory of another rank may be out of sight.
@@ -53,15 +61,55 @@ class LocalCopy:
         chosen = theirs[0] if theirs else str(own)
         users = ranks.gather_all("sharing a directory", (machine, chosen))
         members = [rank for rank, user in enumerate(users) if user == (machine, chosen)]
-        return cls(Path(chosen) / name, own, members.index(ranks.rank), len(members))
+        return cls(Path(chosen) / name, own, members.index(ranks.rank), len(members), lock)
 
     def share(self, records: Sequence[FileRecord]) -> list[FileRecord]:
         """The files that this rank downloads."""
         return shares(records, self.sharing, every_byte=True)[self.index]
 
     def delete(self) -> None:
-        """Delete what this rank has made. Call it when no rank reads from it any more."""
+        """Delete what this rank has made. Call it once, when no rank reads from it any more."""
         shutil.rmtree(self.own, ignore_errors=True)
+        os.close(self.lock)
+
+
+def make_directory() -> tuple[Path, int]:
+    """Make a directory below the system's one for temporary files, and sweep those of dead processes there.
+
+    Returns:
+        It, and a descriptor: as long as that is open, here or in a forked process, nobody sweeps the directory.
+    """
+    _sweep(Path(tempfile.gettempdir()))
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        descriptor = os.open(path, os.O_RDONLY)
+        if _is_kept(path, descriptor):
+            return path, descriptor
+        os.close(descriptor)
+
+
+def _is_kept(path: Path, descriptor: int) -> bool:
+    """Lock a new directory; False where another process has taken it for a dead one's before that."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks, where nothing is swept
+    return path.exists()
+
+
+def _sweep(place: Path) -> None:
+    """Delete what processes of this user have left that died in the middle of a load."""
+    for path in place.glob(f"{_PREFIX}*"):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            if path.is_symlink() or path.stat().st_uid != os.getuid():
+                continue
+            descriptor = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            logger.info("removing %s: a load that did not end", path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def download(store: ObjectStore, place: ObjectUrl, records: Sequence[FileRecord], directory: Path) -> None:
@@ -91,7 +139,7 @@ def download(store: ObjectStore, place: ObjectUrl, records: Sequence[FileRecord]
         with path.open("wb") as stream:
             stream.truncate(record.size)
     pieces = [
-        partial(_download_piece, store, place.key(record.name), directory / record.name, at, length)
+        partial(_download_piece, store, place, record, directory / record.name, at, length)
         for record in records
         for at, length in parts_of(record.size, store.options.part_bytes)
     ]
@@ -106,7 +154,7 @@ def verify_in_place(store: ObjectStore, place: ObjectUrl, records: Sequence[File
         hasher = checksums.new_hasher(record.kind)
         for at, length in parts_of(record.size, store.options.part_bytes):
             data = bytearray(length)
-            store.read(place.key(record.name), memoryview(data), at)
+            store.read(place.key(record.name), memoryview(data), at, label=label_for(record))
             hasher.update(memoryview(data))
         found = hasher.hexdigest()
         differs = f"{record.name} has {record.kind} {found} instead of {record.checksum}"
@@ -115,9 +163,9 @@ def verify_in_place(store: ObjectStore, place: ObjectUrl, records: Sequence[File
     return [text for text in in_parallel([partial(check, record) for record in records], store.options.threads) if text]
 
 
-def _download_piece(store: ObjectStore, key: str, path: Path, at: int, length: int) -> None:
+def _download_piece(store: ObjectStore, place: ObjectUrl, record: FileRecord, path: Path, at: int, length: int) -> None:
     data = bytearray(length)
-    store.read(key, memoryview(data), at)
+    store.read(place.key(record.name), memoryview(data), at, label=label_for(record))
     with path.open("r+b", buffering=0) as stream:
         done = 0
         while done < length:

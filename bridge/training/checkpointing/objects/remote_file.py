@@ -18,7 +18,14 @@ _KEPT = 32
 class RemoteFile:
     """One object. Several threads may read from it."""
 
-    def __init__(self, store: ObjectStore, info: ObjectInfo) -> None:
+    def __init__(self, store: ObjectStore, info: ObjectInfo, label: str = "") -> None:
+        """
+        Args:
+            store: of its bucket.
+            info: the object as it was listed.
+            label: that it was uploaded with, see `labels`.
+        """
+        self._label = label
         self._store = store
         self._info = info
         self._lock = Lock()
@@ -39,7 +46,7 @@ class RemoteFile:
         if end > self._info.size:
             raise CheckpointDamagedError(f"{self} ends at byte {self._info.size}, and {at} to {end} are needed")
         if len(into) >= _BLOCK:
-            self._store.read(self._info.key, into, at, self._info.etag or None)
+            self._store.read(self._info.key, into, at, self._info.etag or None, self._label)
             return
         done = 0
         while done < len(into):
@@ -55,7 +62,7 @@ class RemoteFile:
                 self._blocks.move_to_end(start)
                 return known
         data = bytearray(min(_BLOCK, self._info.size - start))
-        self._store.read(self._info.key, memoryview(data), start, self._info.etag or None)
+        self._store.read(self._info.key, memoryview(data), start, self._info.etag or None, self._label)
         block = bytes(data)
         with self._lock:
             self._blocks[start] = block

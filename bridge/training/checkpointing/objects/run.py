@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.errors import CheckpointSaveError
-from bridge.training.checkpointing.layout import iteration_name, parse_iteration_name
+from bridge.training.checkpointing.errors import CheckpointSaveError, DirectoryInUseError, ObjectStoreError
+from bridge.training.checkpointing.events.stream import EventStream
+from bridge.training.checkpointing.layout import iteration_name, list_checkpoints, parse_iteration_name
+from bridge.training.checkpointing.objects.client import ObjectStore, library
+from bridge.training.checkpointing.objects.owner import BucketOwner, read_owner, refusal, successor
 from bridge.training.checkpointing.objects.places import (
     retention_settings,
     save_directory,
     upload_url,
     uploads_are_required,
 )
+from bridge.training.checkpointing.objects.transfer import TransferOptions
 from bridge.training.checkpointing.objects.uploads import Uploads
 from bridge.training.checkpointing.retention.sweeper import needed_again
-from bridge.training.object_url import is_url
+from bridge.training.checkpointing.tiers.session import session_of
+from bridge.training.object_url import ObjectUrl, is_url
 
 logger = logging.getLogger(__name__)
 
 _NOTICED_SECONDS = 0.5
 _CONTEXT_KEY = "uploads"
+_QUICK = TransferOptions(threads=1, connect_seconds=5.0, read_seconds=10.0, tries=2)
+"""For a question at the start of a run."""
 
 _begun: dict[tuple[int, str, Path], Uploads] = {}
 """By process, place and directory, because only one process may upload from a directory: a caller that keeps no context
@@ -35,6 +45,7 @@ def begin_uploads(checkpoint_config: Any, context: dict[str, Any]) -> None:
     """Begin what an earlier start has left, and be ready for more. For rank 0, once it has the directory.
 
     Raises:
+        DirectoryInUseError: the place is another run's.
         ObjectStoreError: object storage cannot be used here at all.
     """
     cfg = checkpoint_config
@@ -46,7 +57,15 @@ def begin_uploads(checkpoint_config: Any, context: dict[str, Any]) -> None:
         known.finish(0.0)
     require_library()
     needed = _iterations_in(url, needed_again(cfg))
-    uploads = Uploads(url, save_directory(cfg), retention_settings(cfg), {"threads": cfg.upload_threads}, needed)
+    uploads = Uploads(
+        url,
+        save_directory(cfg),
+        retention_settings(cfg),
+        {"threads": cfg.upload_threads},
+        needed,
+        asdict(_owner(save_directory(cfg))),
+        _goes_on(cfg, url),
+    )
     place = (os.getpid(), url, uploads.directory.absolute())
     before = _begun.get(place)
     if before is not None and before.is_for(uploads):
@@ -54,8 +73,52 @@ def begin_uploads(checkpoint_config: Any, context: dict[str, Any]) -> None:
         return
     if before is not None:
         before.finish(0.0)
+    _require_place(cfg, uploads)
     context[_CONTEXT_KEY] = _begun[place] = uploads
     uploads.begin()
+
+
+def report_uploads_to(events: EventStream, context: dict[str, Any]) -> None:
+    """Let a run's events tell of its uploads from now on. For rank 0."""
+    uploads: Uploads | None = context.get(_CONTEXT_KEY)
+    if uploads is not None:
+        uploads.events = events
+
+
+def _owner(directory: Path) -> BucketOwner:
+    since = datetime.now(timezone.utc).isoformat("T", "seconds")
+    return BucketOwner(session_of(directory), socket.gethostname(), str(directory.absolute()), since)
+
+
+def _goes_on(checkpoint_config: Any, url: str) -> bool:
+    """Whether a run goes on from what is in the place that it uploads to: it loads from there, or has nothing else."""
+    cfg = checkpoint_config
+    if is_url(cfg.load):
+        place = ObjectUrl.parse(cfg.load)
+        return ObjectUrl.parse(url) in (place, place.parent)
+    if is_url(cfg.save) or cfg.load is None:
+        return False
+    directory = save_directory(cfg)
+    is_own = Path(cfg.load).expanduser().resolve() == directory.resolve()
+    return is_own and not list_checkpoints(directory).iterations
+
+
+def _require_place(checkpoint_config: Any, uploads: Uploads) -> None:
+    """Refuse the place of another run. A store that does not answer now says nothing; the uploads ask again.
+
+    Raises:
+        DirectoryInUseError: it is another run's.
+        CheckpointDamagedError: whose it is cannot be read.
+    """
+    url, own = ObjectUrl.parse(uploads.url), BucketOwner.from_plain(uploads.owner)
+    try:
+        found = read_owner(ObjectStore(url.bucket, _QUICK), url)
+    except ObjectStoreError as error:
+        logger.warning("whether another run uploads to %s cannot be found out for now: %s", url, error)
+        return
+    if found is not None and successor(found, own, is_start=True, goes_on=uploads.goes_on) is None:
+        setting = "checkpoint.save" if is_url(checkpoint_config.save) else "checkpoint.mirror"
+        raise DirectoryInUseError(refusal(url, found, setting))
 
 
 def not_uploaded(checkpoint_config: Any, context: dict[str, Any]) -> list[Path]:
@@ -147,9 +210,6 @@ def require_library() -> None:
     Raises:
         ObjectStoreError: the library is not installed.
     """
-    # Imported where it is needed: other runs can do without it.
-    from bridge.training.checkpointing.objects.client import library
-
     library()
 
 

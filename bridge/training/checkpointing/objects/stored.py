@@ -23,6 +23,7 @@ from bridge.training.checkpointing.io.reading import ReadOptions
 from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import MANIFEST, TRAIN_STATE
 from bridge.training.checkpointing.objects.client import ObjectInfo, ObjectStore
+from bridge.training.checkpointing.objects.labels import label_for
 from bridge.training.checkpointing.objects.listing import parse_marker
 from bridge.training.checkpointing.objects.local_copy import LocalCopy, download, verify_in_place
 from bridge.training.checkpointing.objects.remote_file import RemoteFile
@@ -65,6 +66,50 @@ class _Opened:
         return [record for record in self.manifest.files if is_shard(record.name)]
 
 
+def look_at(store: ObjectStore, place: ObjectUrl) -> tuple[bytes, dict[str, ObjectInfo]]:
+    """A checkpoint's marker, and its objects by the names of its files, whose sizes are what the marker says.
+
+    Raises:
+        CheckpointDamagedError: that is not so.
+        ObjectStoreError: the store failed.
+    """
+    marker = store.find(place.key(MANIFEST))
+    if marker is None:
+        raise CheckpointDamagedError(f"{place} has no {MANIFEST}, the last object of an upload")
+    objects = objects_of(store, place)
+    problems = differences_in_size(parse_marker(marker, place), objects)
+    if problems:
+        raise CheckpointDamagedError(f"{place} is damaged: {'; '.join(problems[:20])}")
+    # The marker is deleted before another version's objects come, so all that were listed are of this one.
+    if store.find(place.key(MANIFEST)) != marker:
+        raise CheckpointDamagedError(f"{place} was replaced or deleted while it was looked at: load again")
+    return marker, objects
+
+
+def objects_of(store: ObjectStore, place: ObjectUrl) -> dict[str, ObjectInfo]:
+    """The objects of a checkpoint by the names of its files."""
+    home = place.key()
+    return {info.key[len(home) :]: info for info in store.objects(home)}
+
+
+def differences_in_size(manifest: Manifest, objects: Mapping[str, ObjectInfo]) -> list[str]:
+    """One sentence for each file that is missing, or of another size than the manifest says."""
+    problems = []
+    for record in manifest.files:
+        found = objects.get(record.name)
+        if found is None:
+            problems.append(f"{record.name} is missing")
+        elif found.size != record.size:
+            problems.append(f"{record.name} has {found.size} bytes instead of {record.size}")
+    return problems
+
+
+def small_files(manifest: Manifest) -> list[FileRecord]:
+    """The files of a checkpoint that hold no shards."""
+    is_shard = format_to_read(manifest.checkpoint_format).is_shard
+    return [record for record in manifest.files if not is_shard(record.name)]
+
+
 class ObjectCheckpoint:
     """One checkpoint in a bucket."""
 
@@ -88,9 +133,11 @@ class ObjectCheckpoint:
             CheckpointError: it is damaged, or this run cannot read it. Every rank raises.
         """
         store = ranks.run("connecting to object storage", lambda: ObjectStore(self._place.bucket, self._options))
-        marker, objects = ranks.first("looking at the checkpoint in object storage", lambda: self._look(store))
+        marker, objects = ranks.first(
+            "looking at the checkpoint in object storage", lambda: look_at(store, self._place)
+        )
         manifest = parse_marker(marker, self._place)
-        copy = LocalCopy.make(self._place.prefix.rpartition("/")[2], ranks)
+        copy = LocalCopy.make(self._place.name, ranks)
         self._known = known = _Opened(store, manifest, objects, copy)
         shards = ranks.run("telling shards from other files", lambda: {record.name for record in known.shards})
         small = [record for record in manifest.files if record.name not in shards]
@@ -140,28 +187,9 @@ class ObjectCheckpoint:
 
     def close(self) -> None:
         """Delete what was downloaded. Call it on every rank, when none reads from it any more."""
-        if self._known is not None:
-            self._known.copy.delete()
-
-    def _look(self, store: ObjectStore) -> tuple[bytes, dict[str, ObjectInfo]]:
-        marker = store.find(self._place.key(MANIFEST))
-        if marker is None:
-            raise CheckpointDamagedError(f"{self._place} has no {MANIFEST}, the last object of an upload")
-        home = self._place.key()
-        objects = {info.key[len(home) :]: info for info in store.objects(home)}
-        problems = []
-        for record in parse_marker(marker, self._place).files:
-            found = objects.get(record.name)
-            if found is None:
-                problems.append(f"{record.name} is missing")
-            elif found.size != record.size:
-                problems.append(f"{record.name} has {found.size} bytes instead of {record.size}")
-        if problems:
-            raise CheckpointDamagedError(f"{self._place} is damaged: {'; '.join(problems[:20])}")
-        # The marker is deleted before another version's objects come, so all that were listed are of this one.
-        if store.find(self._place.key(MANIFEST)) != marker:
-            raise CheckpointDamagedError(f"{self._place} was replaced or deleted while it was looked at: load again")
-        return marker, objects
+        known, self._known = self._known, None
+        if known is not None:
+            known.copy.delete()
 
     def _fetch(self, records: list[FileRecord], marker: bytes) -> None:
         known = self._require_known()
@@ -179,7 +207,8 @@ class ObjectCheckpoint:
         info = known.objects.get(name)
         if info is None:
             raise CheckpointDamagedError(f"{self._place} has no {name}, which its metadata names")
-        return RemoteFile(known.store, info), info.size
+        record = known.manifest.record(name)
+        return RemoteFile(known.store, info, "" if record is None else label_for(record)), info.size
 
     def _verify(self, ranks: Ranks) -> None:
         known = self._require_known()

@@ -26,15 +26,13 @@ from bridge.training.checkpointing.errors import (
 from bridge.training.checkpointing.integrity import FileRecord, Manifest
 from bridge.training.checkpointing.layout import LEGACY_TRACKER, MANIFEST, TRACKER, TRAIN_STATE, iteration_name
 from bridge.training.checkpointing.objects.client import ObjectStore
+from bridge.training.checkpointing.objects.labels import CHECKSUM, label_for, label_of_bytes
 from bridge.training.checkpointing.objects.listing import BucketListing, list_bucket, parse_marker
 from bridge.training.checkpointing.objects.parallel import in_parallel
 from bridge.training.checkpointing.objects.transfer import parts_of
 from bridge.training.object_url import ObjectUrl
 
 logger = logging.getLogger(__name__)
-
-CHECKSUM = "bridge-checksum"
-"""Stored beside each object, so that it is known again without reading it; nothing without it is deleted."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,7 @@ def upload_checkpoint(
     directory: Path,
     *,
     move_trackers: bool = True,
+    confirm: Callable[[], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Uploaded:
     """Put a published checkpoint into a bucket, or finish what an earlier try began. May be called again at any time.
@@ -63,6 +62,7 @@ def upload_checkpoint(
         url: the place of checkpoints in it.
         directory: the checkpoint, an `iter_N` with its manifest.
         move_trackers: whether the trackers lead to it afterwards.
+        confirm: called before the marker is put; what it raises ends the upload.
         progress: told, from several threads, how many bytes have been sent in a piece.
 
     Raises:
@@ -85,7 +85,9 @@ def upload_checkpoint(
         _require_all(store, place, manifest)
         if _read(directory / MANIFEST) != marker:
             raise CheckpointNotFoundError(f"{directory} was replaced while it was being uploaded")
-        store.put(place.key(MANIFEST), marker, {CHECKSUM: _described(FileRecord.of_bytes(MANIFEST, marker))})
+        if confirm is not None:
+            confirm()
+        store.put(place.key(MANIFEST), marker, {CHECKSUM: label_of_bytes(marker)})
     if move_trackers:
         point_trackers(store, url, manifest.iteration, _read(directory / TRAIN_STATE))
     return Uploaded(manifest.iteration, manifest.total_bytes, sent, time.monotonic() - begun)
@@ -102,7 +104,7 @@ def point_trackers(store: ObjectStore, url: ObjectUrl, iteration: int, train_sta
     """
     for name, data in ((TRACKER, train_state), (LEGACY_TRACKER, str(iteration).encode())):
         if store.find(url.key(name)) != data:
-            store.put(url.key(name), data)
+            store.put(url.key(name), data, {CHECKSUM: label_of_bytes(data)})
 
 
 def _unpublish(store: ObjectStore, url: ObjectUrl, iteration: int) -> None:
@@ -137,7 +139,7 @@ def _send_files(
 ) -> int:
     """Upload what is not there yet, delete what is ours and does not belong there, and return the bytes sent."""
     _abort_uploads(store, place, manifest)
-    wanted = {place.key(record.name): _Found(record.size, _described(record)) for record in manifest.files}
+    wanted = {place.key(record.name): _Found(record.size, label_for(record)) for record in manifest.files}
     # Before anything is sent: what is there of another version must not be taken for this one.
     store.delete(key for key, each in found.items() if wanted.get(key) != each)
     missing = [
@@ -208,10 +210,6 @@ def _abort_uploads(store: ObjectStore, place: ObjectUrl, manifest: Manifest) -> 
             store.abort_upload(upload)
 
 
-def _described(record: FileRecord) -> str:
-    return f"{record.kind}:{record.checksum}"
-
-
 def _require_all(store: ObjectStore, place: ObjectUrl, manifest: Manifest) -> None:
     """Hold sizes and labels of all objects against the manifest."""
     sizes = {item.key: item.size for item in store.objects(place.key())}
@@ -221,7 +219,7 @@ def _require_all(store: ObjectStore, place: ObjectUrl, manifest: Manifest) -> No
     wrong = [
         record.name
         for key, record in zip(keys, manifest.files, strict=True)
-        if sizes.get(key) != record.size or found[key] != _described(record)
+        if sizes.get(key) != record.size or found[key] != label_for(record)
     ]
     if wrong:
         named = ", ".join(wrong[:5])
@@ -252,7 +250,7 @@ class _Sending:
     def _send_whole(self, record: FileRecord) -> None:
         data = self._read(record, 0, record.size)
         self._compare(record, checksums.of_bytes(data, record.kind))
-        self._store.put(self._place.key(record.name), data, {CHECKSUM: _described(record)})
+        self._store.put(self._place.key(record.name), data, {CHECKSUM: label_for(record)})
         self._progress(record.size)
 
     def _verify(self, record: FileRecord) -> None:
@@ -317,7 +315,7 @@ class _Parts:
         store, key = self._store, self._key
         with self._lock:
             if not self._upload_id:
-                self._upload_id = store.begin_upload(key, {CHECKSUM: _described(self._record)})
+                self._upload_id = store.begin_upload(key, {CHECKSUM: label_for(self._record)})
         etag = store.put_part(key, self._upload_id, number, self._read(self._record, at, length))
         self._progress(length)
         with self._lock:
@@ -326,7 +324,7 @@ class _Parts:
         if is_last:
             etags = [self._etags[number] for number in sorted(self._etags)]
             self._verify(self._record)
-            store.complete_upload(key, self._upload_id, etags, {CHECKSUM: _described(self._record)})
+            store.complete_upload(key, self._upload_id, etags, {CHECKSUM: label_for(self._record)})
 
 
 def _pread(descriptor: int, length: int, at: int) -> bytes:

@@ -24,7 +24,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, Literal
 
-from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from bridge.training.checkpointing.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    DirectoryInUseError,
+)
 from bridge.training.checkpointing.integrity import Manifest, read_manifest
 from bridge.training.checkpointing.layout import LEGACY_TRACKER, TRAIN_STATE, iteration_name, list_checkpoints
 from bridge.training.checkpointing.marks import is_marked
@@ -38,6 +43,7 @@ from bridge.training.checkpointing.objects.backlog import (
 )
 from bridge.training.checkpointing.objects.client import ObjectStore
 from bridge.training.checkpointing.objects.listing import BucketListing, list_bucket
+from bridge.training.checkpointing.objects.owner import BucketOwner, read_owner, refusal, successor, write_owner
 from bridge.training.checkpointing.objects.sweep import retain, sweep
 from bridge.training.checkpointing.objects.transfer import TransferOptions
 from bridge.training.checkpointing.objects.upload import point_trackers, upload_checkpoint
@@ -73,11 +79,20 @@ class Settings:
     """Iterations that stay in the bucket whatever retention says."""
     published: list[int] = field(default_factory=list)
     """What this start of the run has saved until now, in that order."""
+    owner: dict[str, Any] = field(default_factory=dict)
+    """The run, as the fields of a `BucketOwner`. Without them nobody is asked whose the place is."""
+    is_start: bool = True
+    """Whether the run has not had the place in this start yet."""
+    goes_on: bool = False
+    """Whether the run goes on from what is in the place."""
 
 
-Event = Literal["uploaded", "there", "unneeded", "outdated", "damaged", "gone", "failed", "deleted", "log"]
-"""Of a checkpoint of the directory: it was uploaded; was there already; would be deleted there at once; is older than
-what is there; is damaged; is not in the directory any more. And: uploading failed; retention deleted one there."""
+Event = Literal[
+    "begun", "uploaded", "there", "unneeded", "outdated", "damaged", "gone", "failed", "deleted", "owned", "log"
+]
+"""Of a checkpoint of the directory: its upload begins; it was uploaded; was there already; would be deleted there at
+once; is older than what is there; is damaged; is not in the directory any more. And: uploading failed; retention
+deleted one there; the place is this run's."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,8 @@ class Report:
     level: int = logging.INFO
     seen: int = 0
     """How many of the checkpoints that this start has saved were known of."""
+    time: float = field(default_factory=time.time)
+    """Unix time in seconds."""
 
 
 class _Inbox:
@@ -137,6 +154,8 @@ class Uploader:
         self._options = TransferOptions(**settings.transfer)
         self._protected = settings.protected
         self._inbox = inbox
+        self.under_way = -1
+        """The iteration whose upload has begun and not ended."""
         self._store: ObjectStore | None = None
         self._swept = False
         self._failures: Counter[int] = Counter()
@@ -144,6 +163,12 @@ class Uploader:
         self._done: dict[int, Report] = {}
         self._told: dict[int, tuple[str, Manifest, int]] = {}
         self._seen = 0
+        self._owner = BucketOwner.from_plain(settings.owner) if settings.owner else None
+        self._is_start = settings.is_start
+        self._goes_on = settings.goes_on
+        self._known: dict[int, Manifest] = {}
+        """What is in the bucket, as far as it has been read. Only this process changes it, as long as the place is this
+        run's."""
 
     def step(self) -> bool:
         """Upload one checkpoint, lead the trackers where they belong, and tell what is there.
@@ -155,7 +180,9 @@ class Uploader:
             CheckpointError: it could not be done.
             OSError: the directory cannot be read.
         """
+        self.under_way = -1
         store = self._store = self._store or ObjectStore(self._url.bucket, self._options)
+        self._require_place(store)
         self._seen = len(self._inbox.published)  # before the directory is looked at, so that it is not too many
         published = frozenset(self._inbox.published[: self._seen])
         starts = starts_or_none(self._directory)
@@ -165,7 +192,7 @@ class Uploader:
             # One that keeps failing does not hold up the others.
             iteration = min(waiting, key=lambda n: self._failures[n])
             self._upload(store, iteration, sides.local[iteration])
-            listing = list_bucket(store, self._url)
+            listing = list_bucket(store, self._url, self._known)
             sides = _with_bucket(sides, listing)
         target = tracker_target(sides)
         if target is not None and sides.is_there(target):
@@ -177,15 +204,46 @@ class Uploader:
             self._tidy(store, waiting, starts)
         return bool(waiting)
 
+    def _require_place(self, store: ObjectStore) -> None:
+        """Make the place this run's, or see that it still is.
+
+        Raises:
+            DirectoryInUseError: it is another run's.
+        """
+        if self._owner is None:
+            return
+        found = read_owner(store, self._url)
+        owner = successor(found, self._owner, is_start=self._is_start, goes_on=self._goes_on)
+        if owner is None and found is not None:
+            self._known.clear()
+            if self._is_start:
+                raise DirectoryInUseError(refusal(self._url, found, "checkpoint.mirror or checkpoint.save"))
+            raise DirectoryInUseError(
+                f"{self._url} was taken over by another run ({found}), so this one uploads nothing there; end one of "
+                "them, and let each have a place of its own"
+            )
+        if owner is not None and owner != found:
+            if found is not None:
+                logger.warning("TAKING OVER %s from another run (%s), from which this one goes on", self._url, found)
+            write_owner(store, self._url, owner)
+        if self._is_start:
+            self._is_start = False
+            self._tell(Report("owned"))
+
     def _look(self, store: ObjectStore, published: frozenset[int]) -> tuple[Sides, BucketListing]:
         local, tracked = self._local()
-        listing = list_bucket(store, self._url)
+        listing = list_bucket(store, self._url, self._known)
         return _with_bucket(Sides(local, tracked, published), listing), listing
 
     def _upload(self, store: ObjectStore, iteration: int, manifest: Manifest) -> None:
         path = self._directory / iteration_name(iteration)
+        self._known.pop(iteration, None)
+        self.under_way = iteration
+        self._tell(Report("begun", iteration, total_bytes=manifest.total_bytes))
         try:
-            done = upload_checkpoint(store, self._url, path, move_trackers=False)
+            done = upload_checkpoint(
+                store, self._url, path, move_trackers=False, confirm=lambda: self._require_place(store)
+            )
         except CheckpointNotFoundError as error:
             self._swept = False  # what has been uploaded of it is left over
             self._tell(Report("gone", iteration, str(error)))
@@ -197,6 +255,7 @@ class Uploader:
             raise
         else:
             self._failures.pop(iteration, None)
+            self.under_way = -1
             self._done[iteration] = Report("uploaded", iteration, "", done.total_bytes, done.sent_bytes, done.seconds)
 
     def _confirm(self, sides: Sides, starts: Starts) -> None:
@@ -223,13 +282,17 @@ class Uploader:
     def _tidy(self, store: ObjectStore, waiting: Sequence[int], starts: Starts) -> None:
         """What fails here fails nothing else: the checkpoints are there."""
         try:
+            if self._swept and not self._policies:
+                return
+            self._known.clear()  # what is deleted by is read anew
+            listing = list_bucket(store, self._url, self._known)
             if not self._swept:
-                sweep(store, list_bucket(store, self._url), resumed=waiting)
+                sweep(store, listing, resumed=waiting)
                 self._swept = True
             if self._policies:
                 protected = {*self._protected, *self._inbox.protected}
-                listing = list_bucket(store, self._url)
                 for gone in retain(store, listing, self._policies, protected, starts):
+                    self._known.pop(gone, None)
                     self._tell(Report("deleted", gone))
         except (CheckpointError, OSError) as error:
             logger.warning("nothing is deleted from %s for now: %s", self._url, error)
@@ -273,7 +336,7 @@ def _work(uploader: Uploader, inbox: _Inbox) -> int:
             wait = wait_after(failures)
             what = str(error) if isinstance(error, CheckpointError | OSError) else f"{type(error).__name__}: {error}"
             again = "the next start of the run goes on" if is_last else f"trying again in {wait:.0f} s at the latest"
-            _tell(Report("failed", text=f"{what}; {again}"))
+            _tell(Report("failed", uploader.under_way, f"{what}; {again}"))
         if is_last:
             return 0 if wait is None else EXIT_FAILED
         inbox.changed.wait(wait)

@@ -21,6 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from bridge.training.checkpointing.events.describing import shortened, without_credentials
+from bridge.training.checkpointing.events.kinds import Event, UploadFailed, UploadFinished, UploadStarted
+from bridge.training.checkpointing.events.stream import EventStream
 from bridge.training.checkpointing.layout import iteration_name, list_checkpoints
 from bridge.training.checkpointing.objects.transfer import MIB
 from bridge.training.checkpointing.objects.uploader import EXIT_FAILED, Report, Settings
@@ -58,6 +61,12 @@ class Uploads:
     retention: dict[str, Any] = field(default_factory=dict)
     transfer: dict[str, Any] = field(default_factory=dict)
     protected: Sequence[int] = ()
+    owner: dict[str, Any] = field(default_factory=dict)
+    """The run, as the fields of a `BucketOwner`; without them nobody is asked whose the place is."""
+    goes_on: bool = False
+    """Whether the run goes on from what is in the place."""
+    events: EventStream = field(default_factory=EventStream)
+    """Hears of every upload."""
     waiting: list[int] = field(default_factory=list, init=False)
     """Checkpoints of this run that are not in the bucket yet, in the order in which they were published."""
     failure: str = field(default="", init=False)
@@ -68,6 +77,9 @@ class Uploads:
     """Why one of this run will not be uploaded at all, until `take_loss`."""
     _published: list[int] = field(default_factory=list, init=False)
     _deaths: int = field(default=0, init=False)
+    _is_start: bool = field(default=True, init=False)
+    _begun: Report | None = field(default=None, init=False)
+    """The upload under way."""
     _running: _Running | None = field(default=None, init=False)
     _owner: int = field(default_factory=os.getpid, init=False)
 
@@ -189,6 +201,9 @@ class Uploads:
             self.transfer,
             list(self.protected),
             list(self._published),
+            self.owner,
+            self._is_start,
+            self.goes_on,
         )
         path = json.dumps([entry or str(Path.cwd()) for entry in sys.path])
         command = [sys.executable, "-W", "ignore", "-c", _BOOT, path, str(_PROGRAM)]
@@ -224,8 +239,13 @@ class Uploads:
         return [report for line in lines.splitlines() if (report := _parsed(line)) is not None]
 
     def _note(self, report: Report) -> None:
+        event = self._event(report)
+        if event is not None:
+            self.events.emit(event)
         if report.event == "log":
             logger.log(report.level, "%s", report.text)
+        elif report.event == "owned":
+            self._is_start = False
         elif report.event in ("there", "unneeded"):
             self.failure = ""
             self._confirm(report)
@@ -260,6 +280,26 @@ class Uploads:
             self.failure = report.text
             logger.error("UPLOADING TO %s FAILED: %s", self.url, report.text)
 
+    def _event(self, report: Report) -> Event | None:
+        """A report as an event for others than the log; None for what is none."""
+        path = f"{self.url}/{iteration_name(report.iteration)}" if report.iteration >= 0 else self.url
+        common: dict[str, Any] = {"time": report.time, "tier": "persistent", "path": path}
+        common["iteration"] = report.iteration if report.iteration >= 0 else None
+        if report.event == "begun":
+            self._begun = report
+            return UploadStarted(**common, total_bytes=report.total_bytes)
+        if report.event == "uploaded":
+            common["background_seconds"] = report.seconds
+            return UploadFinished(**common, total_bytes=report.total_bytes, sent_bytes=report.sent_bytes)
+        if report.event in ("failed", "damaged", "gone"):
+            begun = self._begun
+            if begun is not None and begun.iteration == report.iteration:
+                self._begun = None
+                common["total_bytes"] = begun.total_bytes
+                common["background_seconds"] = max(0.0, report.time - begun.time)
+            return UploadFailed(**common, message=shortened(without_credentials(report.text)))
+        return None
+
     def _confirm(self, report: Report) -> None:
         """A checkpoint is in the bucket, or will not be needed there; unless it is the one that it has replaced."""
         if report.iteration not in self._published[report.seen :]:
@@ -283,6 +323,7 @@ class Uploads:
                 running.errors.seek(0)
                 last = running.errors.read()[-2000:].decode(errors="replace").strip()
                 self.failure = f"the process that uploads checkpoints ended with status {status}"
+                self.events.emit(UploadFailed(tier="persistent", path=self.url, message=self.failure))
                 logger.error("%s; another is started at the next save. It said: %s", self.failure, last or "nothing")
         if running.process.stdin is not None:
             with contextlib.suppress(OSError):

@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from bridge.training.checkpointing.objects.transfer import TransferOptions
 from bridge.training.object_url import ObjectUrl
 
 QUICK = TransferOptions(
-    threads=3, part_bytes=1 << 20, connect_seconds=5, read_seconds=2, tries=4, first_wait=0.01, longest_wait=0.05
+    threads=3, part_bytes=1 << 20, connect_seconds=5, read_seconds=3, tries=4, first_wait=0.01, longest_wait=0.05
 )
 """Small parts and short waits."""
+PATIENT = replace(QUICK, read_seconds=60)
+"""For a server that answers in the end, on a machine that does many other things."""
 
 
 class Server:
@@ -37,11 +40,11 @@ class Server:
     def rules(self, *rules: dict[str, Any]) -> None:
         """Give the proxy its rules, see `s3_server`, and forget what it has seen."""
         request = urllib.request.Request(f"{self.url}/_rules", json.dumps(rules).encode(), method="PUT")
-        urllib.request.urlopen(request, timeout=10).close()
+        urllib.request.urlopen(request, timeout=60).close()
 
     def seen(self) -> list[str]:
         """The requests since the rules were given."""
-        with urllib.request.urlopen(f"{self.url}/_seen", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/_seen", timeout=60) as answer:
             return json.loads(answer.read())
 
     def bucket(self) -> str:
@@ -49,7 +52,7 @@ class Server:
         self._buckets += 1
         name = f"bucket-{os.getpid()}-{self._buckets}"
         self.rules()
-        urllib.request.urlopen(urllib.request.Request(f"{self.url}/{name}", method="PUT"), timeout=10).close()
+        urllib.request.urlopen(urllib.request.Request(f"{self.url}/{name}", method="PUT"), timeout=60).close()
         return name
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,12 +25,14 @@ from bridge.training.checkpointing.io.reader import ChunkShapes, DirectReader
 from bridge.training.checkpointing.io.reading import read_wants
 from bridge.training.checkpointing.objects.choosing import choose
 from bridge.training.checkpointing.objects.client import ObjectInfo, ObjectStore
-from bridge.training.checkpointing.objects.listing import BucketListing
-from bridge.training.checkpointing.objects.local_copy import download, verify_in_place
+from bridge.training.checkpointing.objects.labels import CHECKSUM, label_of_bytes
+from bridge.training.checkpointing.objects.listing import BucketListing, list_bucket
+from bridge.training.checkpointing.objects.local_copy import download, make_directory, verify_in_place
 from bridge.training.checkpointing.objects.remote_file import RemoteFile
 from bridge.training.checkpointing.objects.stored import read_options
+from bridge.training.checkpointing.objects.upload import upload_checkpoint
 from bridge.training.object_url import ObjectUrl
-from tests.training.checkpointing.objects.store import Server
+from tests.training.checkpointing.objects.store import Server, make_checkpoint
 
 URL = ObjectUrl("bucket", "run")
 
@@ -169,3 +174,38 @@ def test_files_are_downloaded_by_pieces_and_held_against_their_checksums(store: 
     assert [text.split(" has ")[0] for text in verify_in_place(store, place, records)] == ["a/large"]
     with pytest.raises(CheckpointDamagedError, match=r"s3://.*/x is damaged: a/large has xxh3 "):
         download(store, place, records, tmp_path / "copy")
+
+
+def test_what_a_dead_process_left_is_swept_by_the_next_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pid = os.fork()
+    if pid == 0:
+        make_directory()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    (tmp_path / "other").mkdir()
+    (left,) = tmp_path.glob("bridge-objects-*")
+    own, descriptor = make_directory()
+    second, other = make_directory()
+    assert set(tmp_path.iterdir()) == {own, second, tmp_path / "other"}
+    assert left not in (own, second)
+    for each in (descriptor, other):
+        os.close(each)
+
+
+def test_objects_that_are_not_what_was_uploaded_are_noticed(store: ObjectStore, url: ObjectUrl, tmp_path: Path) -> None:
+    """Their labels say so, whatever the sizes are."""
+    upload_checkpoint(store, url, make_checkpoint(tmp_path, 10, large=10))
+    store.put(url.key("a"), b"bytes", {CHECKSUM: label_of_bytes(b"others")})
+    with pytest.raises(CheckpointDamagedError, match=rf"^{url}/a holds other bytes than those which were uploaded"):
+        store.get(url.key("a"))
+    into = memoryview(bytearray(3))
+    store.read(url.key("a"), into, 1, label=label_of_bytes(b"others"))
+    assert bytes(into) == b"yte"
+    with pytest.raises(CheckpointDamagedError, match=r"was uploaded with bridge-checksum xxh3:.* instead of xxh3:"):
+        store.read(url.key("a"), into, 1, label=label_of_bytes(b"bytes"))
+    marker = store.get(url.key("iter_0000010", "manifest.json"))
+    store.put(url.key("iter_0000010", "manifest.json"), marker + b"\n", {CHECKSUM: label_of_bytes(marker)})
+    found = list_bucket(store, url)
+    assert (found.iterations, found.tracked) == ((), None)
+    assert "holds other bytes" in found.unreadable[10]

@@ -11,9 +11,12 @@ import pytest
 
 from bridge.training.checkpointing.catalog import choose
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError
+from bridge.training.checkpointing.events.file import read_events
+from bridge.training.checkpointing.events.kinds import UploadFinished, UploadStarted
 from bridge.training.checkpointing.integrity import read_manifest
 from bridge.training.checkpointing.objects.client import ObjectStore
 from bridge.training.checkpointing.objects.listing import list_bucket
+from bridge.training.checkpointing.objects.owner import read_owner
 from bridge.training.config import CheckpointConfig
 from bridge.training.object_url import ObjectUrl
 from tests.distributed.launch import run_ranks
@@ -110,7 +113,7 @@ def test_a_bucket_that_cannot_be_written_fails_a_save_there_and_not_a_mirror(
         assert found[rank][0]["iteration"] == 2
         for error in found[rank][1:3]:
             assert error.startswith(f"{CheckpointSaveError.__name__}: the checkpoint of iteration 2 is in {tmp_path}/")
-            assert f"and not in {url}: PutObject of {url}/iter_0000002/" in error
+            assert f"and not in {url}: PutObject of {url}/.bridge-owner failed: status 403" in error
         # The second save waits for the first one's upload, which fails, and is made all the same.
         assert found[rank][3].startswith(
             f"{CheckpointSaveError.__name__}: the checkpoint of iteration 1 is in {tmp_path}"
@@ -130,3 +133,30 @@ def test_a_damaged_checkpoint_in_a_bucket_is_passed_over(
     assert refused.startswith(
         f"CheckpointDamagedError: {url}/iter_0000002 is damaged: __0_0.distcp has 5 bytes instead"
     )
+
+
+def test_a_run_is_refused_at_the_place_of_another_unless_it_goes_on_from_there(
+    server: Server, store: ObjectStore, url: ObjectUrl, tmp_path: Path
+) -> None:
+    first, second = ({"save": str(tmp_path / name), "mirror": str(url)} for name in ("a", "b"))
+    found = several(
+        2,
+        (2, first),
+        (2, second),
+        (2, {"save": str(url), "staging_dir": str(tmp_path / "c")}),
+        (3, {**second, "load": second["save"]}),
+    )
+    for rank in (0, 1):
+        assert found[rank][0]["iteration"] == 2
+        for error, setting in zip(found[rank][1:3], ("mirror", "save"), strict=True):
+            assert error.startswith(f"DirectoryInUseError: checkpoint.{setting}: {url} belongs to another run (host ")
+            assert f"directory {first['save']}, since " in error
+            assert error.endswith(f"and this one is to have it, delete the object {url}/.bridge-owner")
+        assert (found[rank][3]["started at"], found[rank][3]["loaded from"]) == (2, f"{url}/iter_0000002")
+    assert not list((tmp_path / "c").glob("iter_*"))
+    assert require_truthful(store, url) == {2, 3}
+    owner = read_owner(store, url)
+    assert owner is not None
+    assert (owner.directory, len(owner.before)) == (second["save"], 1)
+    kinds = [type(event) for event in read_events(tmp_path / "b").events]
+    assert kinds.count(UploadStarted) == kinds.count(UploadFinished) == 1

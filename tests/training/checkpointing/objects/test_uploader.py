@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bridge.training.checkpointing.errors import ObjectStoreError
+from bridge.training.checkpointing.errors import CheckpointDamagedError, DirectoryInUseError, ObjectStoreError
 from bridge.training.checkpointing.objects.client import ObjectStore
 from bridge.training.checkpointing.objects.listing import list_bucket
+from bridge.training.checkpointing.objects.owner import OWNER, BucketOwner, read_owner, successor, write_owner
 from bridge.training.checkpointing.objects.upload import upload_checkpoint
 from bridge.training.checkpointing.objects.uploader import Settings, Uploader, _Inbox
 from bridge.training.object_url import ObjectUrl
@@ -23,14 +24,26 @@ from tests.training.checkpointing.objects.test_uploads import KEEP_ALL
 class Steps:
     """An uploader, and what it has told."""
 
-    def __init__(self, url: ObjectUrl, directory: Path, capsys: pytest.CaptureFixture[str], **retention: Any) -> None:
+    def __init__(
+        self,
+        url: ObjectUrl,
+        directory: Path,
+        capsys: pytest.CaptureFixture[str],
+        owner: BucketOwner | None = None,
+        goes_on: bool = False,
+        **retention: Any,
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.inbox = _Inbox()
-        self.uploader = Uploader(Settings(str(url), str(directory), 0, KEEP_ALL | retention, asdict(QUICK)), self.inbox)
+        who = {} if owner is None else asdict(owner)
+        settings = Settings(
+            str(url), str(directory), 0, KEEP_ALL | retention, asdict(QUICK), owner=who, goes_on=goes_on
+        )
+        self.uploader = Uploader(settings, self.inbox)
         self._capsys = capsys
 
     def run(self, *published: int) -> list[tuple[str, int]]:
-        """All steps that there are; what is told, without what is only logged."""
+        """All steps that there are; what is told, without that an upload begins and that the place is this run's."""
         self.inbox.published += published
         for _ in range(10):
             if not self.uploader.step():
@@ -41,7 +54,8 @@ class Steps:
 
     def told(self) -> list[tuple[str, int]]:
         reports = [json.loads(line) for line in self._capsys.readouterr().out.splitlines()]
-        return [(report["event"], report["iteration"]) for report in reports]
+        told = [(report["event"], report["iteration"]) for report in reports]
+        return [each for each in told if each[0] not in ("begun", "owned")]
 
 
 def saved_elsewhere(store: ObjectStore, url: ObjectUrl, directory: Path, created: dict[int, float], seed: int) -> None:
@@ -159,3 +173,99 @@ def test_deletions_wait_for_a_save_and_stop_nothing(
     steps.inbox.protected = [10]
     assert steps.run() == [("deleted", 20)]
     assert "iter_0000015/common.pt" in contents(store, url)
+
+
+A = BucketOwner("a" * 16, "first", "/runs/a", "2026-01-01T00:00:00+00:00")
+B = BucketOwner("b" * 16, "second", "/runs/b", "2026-01-02T00:00:00+00:00")
+
+
+@pytest.mark.parametrize(
+    ("found", "is_start", "goes_on", "expected"),
+    [
+        (None, True, False, A),
+        (None, False, False, A),
+        (replace(A, since="before"), True, False, replace(A, since="before")),
+        (replace(A, since="before"), False, False, replace(A, since="before")),
+        (B, True, False, None),
+        (B, True, True, replace(A, before=(B.session,))),
+        (B, False, True, None),
+        (replace(B, before=("c", A.session)), True, False, replace(A, before=("c", B.session))),
+        (replace(B, before=(A.session,)), False, False, None),
+    ],
+)
+def test_who_has_a_place(
+    found: BucketOwner | None, is_start: bool, goes_on: bool, expected: BucketOwner | None
+) -> None:
+    assert successor(found, A, is_start=is_start, goes_on=goes_on) == expected
+
+
+def test_a_run_keeps_from_the_place_of_another(
+    store: ObjectStore, url: ObjectUrl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A start that goes on from there takes it; the run that had it uploads nothing any more, and may take it back."""
+    first = Steps(url, tmp_path / "a", capsys, A, most_recent_k=1)
+    make_checkpoint(tmp_path / "a", 10, large=10)
+    assert first.run(10) == [("uploaded", 10)]
+    assert read_owner(store, url) == A
+    other = Steps(url, tmp_path / "b", capsys, B)
+    make_checkpoint(tmp_path / "b", 20, large=10, seed=7)
+    before = contents(store, url)
+    with pytest.raises(DirectoryInUseError, match=rf"{url} belongs to another run \(host first, directory /runs/a, "):
+        other.run(20)
+    assert contents(store, url) == before
+    assert Steps(url, tmp_path / "b", capsys, B, goes_on=True).run(20) == [("uploaded", 20)]
+    assert read_owner(store, url) == replace(B, before=(A.session,))
+    make_checkpoint(tmp_path / "a", 30, large=10)
+    with pytest.raises(DirectoryInUseError, match=rf"^{url} was taken over by another run \(host second, "):
+        first.run(30)
+    assert require_truthful(store, url) == {10, 20}
+    assert Steps(url, tmp_path / "a", capsys, A).run(30) == [("there", 10), ("uploaded", 30)]
+    assert read_owner(store, url) == replace(A, before=(B.session,))
+    store.delete([url.key(OWNER)])
+    store.put(url.key(OWNER), b"garbage")
+    with pytest.raises(CheckpointDamagedError, match="does not say which run uploads there"):
+        Steps(url, tmp_path / "a", capsys, A).run()
+
+
+def test_a_place_that_is_taken_in_the_middle_of_an_upload_gets_no_marker(
+    server: Server, store: ObjectStore, url: ObjectUrl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = Steps(url, tmp_path, capsys, A)
+    make_checkpoint(tmp_path, 10, large=10)
+    steps.uploader._require_place(store)
+    upload, taken = steps.uploader._upload, replace(B, before=(A.session,))
+
+    def upload_meanwhile(*arguments: Any) -> None:
+        write_owner(store, url, taken)
+        upload(*arguments)
+
+    steps.uploader._upload = upload_meanwhile  # type: ignore[method-assign]
+    with pytest.raises(DirectoryInUseError, match="was taken over by another run"):
+        steps.run(10)
+    assert require_truthful(store, url) == set()
+
+
+def test_markers_are_read_once_and_what_is_deleted_by_is_read_anew(
+    server: Server, store: ObjectStore, url: ObjectUrl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for iteration in (10, 20, 30):
+        upload_checkpoint(store, url, make_checkpoint(tmp_path, iteration, large=10))
+    steps = Steps(url, tmp_path, capsys)
+
+    def markers_read() -> int:
+        return len([line for line in server.seen() if line.startswith("GET") and line.endswith("manifest.json")])
+
+    server.rules()
+    steps.run()
+    assert markers_read() == 3
+    server.rules()
+    steps.run()
+    assert markers_read() == 0
+    make_checkpoint(tmp_path, 40, large=10)
+    steps.run(40)
+    steps.run()
+    assert require_truthful(store, url) == {10, 20, 30, 40}
+    keeping = Steps(url, tmp_path, capsys, most_recent_k=2)
+    make_checkpoint(tmp_path, 50, large=10)
+    store.delete([url.key("iter_0000040", "manifest.json")])
+    assert ("deleted", 20) in keeping.run(50)

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from bridge.training.checkpointing.events.kinds import Event, UploadFailed, UploadFinished, UploadStarted
+from bridge.training.checkpointing.events.stream import EventStream
 from bridge.training.checkpointing.objects.client import ObjectStore
 from bridge.training.checkpointing.objects.listing import list_bucket
 from bridge.training.checkpointing.objects.run import begin_uploads, not_uploaded
@@ -32,8 +34,30 @@ def uploads_of(url: ObjectUrl, directory: Path, **retention: object) -> Uploads:
     return Uploads(str(url), directory, KEEP_ALL | retention, TRANSFER)
 
 
+class Taken:
+    """A sink that keeps what it takes."""
+
+    def __init__(self, stream: EventStream) -> None:
+        self.found: list[Event] = []
+        self.take = self.found.append
+        self._stream = stream
+
+    @classmethod
+    def by(cls, uploads: Uploads) -> Taken:
+        sink = cls(uploads.events)
+        uploads.events.add("a test", lambda: sink)
+        return sink
+
+    def events(self) -> list[Event]:
+        assert self._stream.flush(60)
+        return self.found
+
+    def close(self) -> None:
+        pass
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300  # of a machine that does many other things
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -49,6 +73,7 @@ def test_checkpoints_reach_the_bucket_and_retention_applies_there_too(
     caplog.set_level(logging.INFO)
     make_checkpoint(tmp_path, 10, large=10)
     uploads = uploads_of(url, tmp_path, most_recent_k=2)
+    taken = Taken.by(uploads)
     uploads.begin()
     wait_until(lambda: uploads.poll() is not None and require_truthful(store, url) == {10})
     for iteration in (20, 30):
@@ -57,6 +82,13 @@ def test_checkpoints_reach_the_bucket_and_retention_applies_there_too(
         wait_until(lambda: uploads.poll() is not None and uploads.missing is None)
     uploads.finish(60)
     assert {n: d for n, d in visible(tmp_path).items() if "iter_0000010" not in n} == contents(store, url)
+    assert [(type(each), each.iteration) for each in taken.events()] == [
+        (kind, iteration) for iteration in (10, 20, 30) for kind in (UploadStarted, UploadFinished)
+    ]
+    last = taken.found[-1]
+    assert isinstance(last, UploadFinished)
+    assert (last.path, last.sent_bytes, last.total_bytes) == (f"{url}/iter_0000030", 7416, 7416)
+    assert last.background_seconds is not None
     assert f"uploaded the checkpoint of iteration 30 to {url}: 0.0 MiB of 0.0 MiB sent" in caplog.text
     assert f"removing the old checkpoint {url}/iter_0000010" in caplog.text
 
@@ -66,7 +98,7 @@ def test_what_a_dead_run_left_is_uploaded_by_the_next(
 ) -> None:
     """A run is killed in the middle of an upload; its uploader ends with it, and that of the next start goes on."""
     make_checkpoint(tmp_path, 10)
-    server.rules({"match": "PUT .*partNumber=2", "at": 1, "do": "hang", "seconds": 2})
+    server.rules({"match": "PUT .*partNumber=2", "do": "hang"})
     program = (
         "import sys, time; from pathlib import Path; "
         "from tests.training.checkpointing.objects.test_uploads import uploads_of; "
@@ -95,8 +127,14 @@ def test_a_failure_is_told_and_the_next_checkpoint_makes_up_for_it(
     server.rules({"match": "PUT", "do": "status:403"})
     make_checkpoint(tmp_path, 10, large=10)
     uploads = uploads_of(url, tmp_path)
+    taken = Taken.by(uploads)
     uploads.published(10)
     wait_until(lambda: uploads.poll() is not None and uploads.failure != "")
+    begun, failed = taken.events()[:2]
+    assert isinstance(begun, UploadStarted)
+    assert isinstance(failed, UploadFailed)
+    assert (failed.iteration, failed.path, failed.total_bytes) == (10, f"{url}/iter_0000010", begun.total_bytes)
+    assert failed.message == uploads.failure
     assert uploads.missing == 10
     assert f"UPLOADING TO {url} FAILED: PutObject of {url}/iter_0000010/" in caplog.text
     assert "trying again in 10 s at the latest" in uploads.failure
