@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bridge.cli.export import export_options, exported_text, memory_option, verify_option
-from bridge.cli.output import Output, count_text, directory_argument, output_options, safe_global_option, size_text
+from bridge.cli.export import exported_text
+from bridge.cli.output import (
+    UPLOAD_AFTERWARDS,
+    Output,
+    count_text,
+    directory_argument,
+    output_options,
+    safe_global_option,
+    size_text,
+)
 from bridge.cli.preparing import enable
+from bridge.cli.tensors import WRITTEN, Written, export_options, memory_option, verify_option
 from bridge.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,7 +33,7 @@ it is a new directory."""
 
 @click.command("average", help=DESCRIPTION, short_help="take the mean of a model over several iterations")
 @directory_argument("source", "SRC")
-@directory_argument("destination", "DST")
+@directory_argument("destination", "DST", otherwise=UPLOAD_AFTERWARDS)
 @click.option("--step", "steps", type=int, multiple=True, metavar="N", help="an iteration; given two times or more")
 @click.option("--last", type=int, metavar="N", help="or how many of the newest iterations")
 @click.option(
@@ -35,7 +44,7 @@ it is a new directory."""
     help="a checkpoint, or files for other programs (default: torch_dist)",
 )
 @export_options
-@memory_option
+@memory_option()
 @verify_option
 @safe_global_option
 @output_options
@@ -47,12 +56,8 @@ def command(
     steps: tuple[int, ...],
     last: int | None,
     target_format: str,
-    dtype: str | None,
-    hf_layout: bool,
-    include: tuple[str, ...],
-    shard_gb: float,
-    force: bool,
-    memory_gib: float,
+    written: Written,
+    memory: int,
     verify: bool,
     safe_globals: tuple[str, ...],
     as_json: bool,
@@ -66,18 +71,15 @@ def command(
     enable()
     from bridge.training.checkpointing.conversion.processes import give_memory_back
     from bridge.training.checkpointing.export.averaging import average, export_average
-    from bridge.training.checkpointing.export.exporting import Options
 
     give_memory_back()
     output = Output(as_json, quiet)
-    memory = int(memory_gib * 2**30)
     with Progress(quiet=quiet) as progress:
         if target_format == "safetensors":
-            options = Options(dtype, hf_layout, include, int(shard_gb * 10**9), force)
             exported = export_average(
                 source,
                 destination,
-                options,
+                written.options(),
                 steps=steps,
                 last=last,
                 memory=memory,
@@ -93,7 +95,7 @@ def command(
                 last=last,
                 memory=memory,
                 verify_source=verify,
-                force=force,
+                force=written.force,
                 safe_globals=safe_globals,
                 report=progress,
             )
@@ -106,7 +108,7 @@ def command(
 
 
 def _refuse_export_options(context: click.Context) -> None:
-    for name in ("dtype", "hf_layout", "include", "shard_gb"):
+    for name in WRITTEN:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             option = f"--{name.replace('_', '-')}"
             raise click.UsageError(f"{option} is for --format safetensors.", context)

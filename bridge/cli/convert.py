@@ -7,8 +7,15 @@ from pathlib import Path
 
 import click
 
-from bridge.cli.output import Output, PositiveFloat, directory_argument, output_options, safe_global_option
+from bridge.cli.output import (
+    UPLOAD_AFTERWARDS,
+    Output,
+    directory_argument,
+    output_options,
+    safe_global_option,
+)
 from bridge.cli.preparing import enable
+from bridge.cli.tensors import memory_option
 from bridge.training.progress import Progress
 
 DESCRIPTION = """Publish a checkpoint in another format. Every tensor, object and file of it arrives, under the same
@@ -20,7 +27,7 @@ directory of checkpoints, which need not exist. A conversion that was cut short 
 
 @click.command("convert", help=DESCRIPTION, short_help="publish a checkpoint in another format")
 @directory_argument("source", "SRC")
-@directory_argument("destination", "DST")
+@directory_argument("destination", "DST", otherwise=UPLOAD_AFTERWARDS)
 @click.option(
     "--format",
     "target_format",
@@ -29,13 +36,7 @@ directory of checkpoints, which need not exist. A conversion that was cut short 
     help="to convert to",
 )
 @click.option("--step", type=int, metavar="N", help="the iteration to take, instead of the tracked one")
-@click.option(
-    "--memory-gib",
-    type=PositiveFloat(),
-    default=4.0,
-    metavar="GIB",
-    help="what all processes hold at most (default: 4)",
-)
+@memory_option(4.0, "what all processes hold at most")
 @click.option(
     "--processes",
     type=int,
@@ -55,7 +56,7 @@ def command(
     destination: Path,
     target_format: str,
     step: int | None,
-    memory_gib: float,
+    memory: int,
     processes: int | None,
     verify: bool,
     force: bool,
@@ -77,7 +78,7 @@ def command(
             destination,
             target_format,
             step=step,
-            memory=int(memory_gib * 2**30),
+            memory=memory,
             processes=processes,
             verify=verify,
             force=force,

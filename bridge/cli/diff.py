@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bridge.cli.output import Output, PositiveFloat, count_text, directory_argument, output_options, safe_global_option
+from bridge.cli.output import Output, count_text, directory_argument, output_options, safe_global_option
 from bridge.cli.preparing import enable
+from bridge.cli.tensors import memory_option
 from bridge.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,9 +32,7 @@ SHOWN = 30
 @click.option("--step-b", type=int, metavar="N", help="the iteration to take from B")
 @click.option("--pattern", default="*", metavar="GLOB", help="compare only keys that match, as in '*.weight'")
 @click.option("--values/--no-values", default=True, help="compare values too (default: yes)")
-@click.option(
-    "--memory-gib", type=PositiveFloat(), default=1.0, metavar="GIB", help="what is held at most (default: 1)"
-)
+@memory_option()
 @click.option("--all", "show_all", is_flag=True, help="list all tensors that differ, however many there are")
 @safe_global_option
 @output_options
@@ -44,7 +43,7 @@ def command(
     step_b: int | None,
     pattern: str,
     values: bool,
-    memory_gib: float,
+    memory: int,
     show_all: bool,
     safe_globals: tuple[str, ...],
     as_json: bool,
@@ -63,7 +62,7 @@ def command(
             find_checkpoint(second, step_b, "B"),
             pattern=pattern,
             values=values,
-            memory=int(memory_gib * 2**30),
+            memory=memory,
             report=progress,
         )
     output.result({**vars(found), "are_equal": found.are_equal})

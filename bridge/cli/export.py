@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
-from bridge.cli.output import Output, count_text, directory_argument, output_options, safe_global_option, size_text
+from bridge.cli.output import (
+    UPLOAD_AFTERWARDS,
+    Output,
+    count_text,
+    directory_argument,
+    output_options,
+    safe_global_option,
+    size_text,
+)
 from bridge.cli.preparing import enable
+from bridge.cli.tensors import Written, export_options, memory_option, verify_option
 from bridge.training.progress import Progress
 
 if TYPE_CHECKING:
     from bridge.training.checkpointing.export.exporting import Exported
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 DESCRIPTION = """Write a checkpoint's model as safetensors files, which other programs read.
 
@@ -23,54 +29,9 @@ SRC is a checkpoint, or a directory of checkpoints, of which the tracked one is 
 directory, which appears when everything is in it."""
 
 
-def export_options(command: F) -> F:
-    """Adds the options that say how tensors are written; `options_of` takes them."""
-    options = (
-        click.option(
-            "--dtype",
-            type=click.Choice(["fp32", "bf16", "fp16"]),
-            help="of all floating-point values (default: as they are stored)",
-        ),
-        click.option(
-            "--hf-layout", is_flag=True, help="names, shapes and config.json as Hugging Face's transformers has them"
-        ),
-        click.option(
-            "--include",
-            multiple=True,
-            metavar="GLOB",
-            help="keys to write, as in '*.weight', instead of the model's; may be given several times",
-        ),
-        click.option(
-            "--shard-gb",
-            type=float,
-            default=5.0,
-            metavar="GB",
-            help="10^9 bytes of values in a file; more go into several files with an index (default: 5)",
-        ),
-        click.option("--force", is_flag=True, help="replace what an earlier command has written to DST"),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def memory_option(command: F) -> F:
-    """Adds `--memory-gib`."""
-    option = click.option(
-        "--memory-gib", type=float, default=1.0, metavar="GIB", help="what is held at most (default: 1)"
-    )
-    return option(command)
-
-
-def verify_option(command: F) -> F:
-    """Adds `--no-verify`."""
-    option = click.option("--verify/--no-verify", default=True, help="check the files of SRC first (default: yes)")
-    return option(command)
-
-
 @click.command("export", help=DESCRIPTION, short_help="write a model as safetensors files, for other programs")
 @directory_argument("source", "SRC")
-@directory_argument("destination", "DST")
+@directory_argument("destination", "DST", otherwise=UPLOAD_AFTERWARDS)
 @click.option(
     "--format",
     "target_format",
@@ -80,7 +41,7 @@ def verify_option(command: F) -> F:
 )
 @click.option("--step", type=int, metavar="N", help="the iteration to take, instead of the tracked one")
 @export_options
-@memory_option
+@memory_option()
 @verify_option
 @safe_global_option
 @output_options
@@ -89,12 +50,8 @@ def command(
     destination: Path,
     target_format: str,
     step: int | None,
-    dtype: str | None,
-    hf_layout: bool,
-    include: tuple[str, ...],
-    shard_gb: float,
-    force: bool,
-    memory_gib: float,
+    written: Written,
+    memory: int,
     verify: bool,
     safe_globals: tuple[str, ...],
     as_json: bool,
@@ -104,7 +61,7 @@ def command(
     del target_format  # there is one
     enable()
     from bridge.training.checkpointing.conversion.processes import give_memory_back
-    from bridge.training.checkpointing.export.exporting import Options, export
+    from bridge.training.checkpointing.export.exporting import export
 
     give_memory_back()
     output = Output(as_json, quiet)
@@ -112,9 +69,9 @@ def command(
         exported = export(
             source,
             destination,
-            Options(dtype, hf_layout, include, int(shard_gb * 10**9), force),
+            written.options(),
             step=step,
-            memory=int(memory_gib * 2**30),
+            memory=memory,
             verify_source=verify,
             safe_globals=safe_globals,
             report=progress,

@@ -12,11 +12,13 @@ from bridge.cli.output import (
     Output,
     age_text,
     count_text,
-    directory_argument,
     output_options,
+    place_argument,
+    plain,
     safe_global_option,
     size_text,
 )
+from bridge.training.object_url import ObjectUrl
 
 if TYPE_CHECKING:
     from bridge.training.checkpointing.catalog import Contents
@@ -24,14 +26,15 @@ if TYPE_CHECKING:
 DESCRIPTION = """Show what is in a checkpoint: its parts, its tensors with shape, type and shards, its files, versions
 and configuration. It is read from metadata alone, so the size of the checkpoint does not matter.
 
-PATH is a checkpoint, or a directory of checkpoints, of which the tracked one is taken."""
+PATH is a checkpoint, or a directory of checkpoints, of which the tracked one is taken; or the same in object storage,
+s3://bucket/prefix."""
 
 SHOWN = 40
 """Tensors that are listed without --all or --pattern."""
 
 
 @click.command("inspect", help=DESCRIPTION, short_help="show parts, tensors, files and configuration of a checkpoint")
-@directory_argument("path", "PATH")
+@place_argument("path", "PATH")
 @click.option("--step", type=int, metavar="N", help="the iteration to take, instead of the tracked one")
 @click.option("--pattern", default="*", metavar="GLOB", help="only keys that match, as in '*.weight'")
 @click.option("--all", "show_all", is_flag=True, help="list all tensors, however many there are")
@@ -39,7 +42,7 @@ SHOWN = 40
 @safe_global_option
 @output_options
 def command(
-    path: Path,
+    path: Path | ObjectUrl,
     step: int | None,
     pattern: str,
     show_all: bool,
@@ -54,12 +57,19 @@ def command(
 
     allow(safe_globals)
     output = Output(as_json, quiet)
-    contents = read_contents(find_checkpoint(path, step), pattern)
+    if isinstance(path, ObjectUrl):
+        from bridge.training.checkpointing.catalog.buckets.contents import contents_in_bucket
+
+        contents = contents_in_bucket(path, step, pattern)
+    else:
+        contents = read_contents(find_checkpoint(path, step), pattern)
     parts = {
         part: {"tensors": tensors, "objects": objects, "total_bytes": size}
         for part, (tensors, objects, size) in contents.parts().items()
     }
-    output.result({**vars(contents), "parts": parts})
+    entry = {**plain(contents.entry), "path": contents.entry.place}
+    del entry["url"]
+    output.result({**vars(contents), "entry": entry, "parts": parts})
     _print_head(output, contents)
     _print_tensors(output, contents, None if show_all or pattern != "*" else SHOWN)
     if show_config:
@@ -73,11 +83,13 @@ def _print_head(output: Output, contents: Contents) -> None:
     saved = f"saved {age_text(entry.created)} ago by {entry.origin or 'an unknown program'}"
     ranks = "" if entry.world_size is None else f", {count_text(entry.world_size, 'rank')}"
     layout = "" if entry.layout is None or layout_text(entry.layout) == "-" else f" ({layout_text(entry.layout)})"
-    output.line(f"{entry.path}: {entry.format}, {size_text(entry.total_bytes)}, {saved}{ranks}{layout}")
+    output.line(f"{entry.place}: {entry.format}, {size_text(entry.total_bytes)}, {saved}{ranks}{layout}")
     if entry.versions:
         output.line(", ".join(f"{name} {version}" for name, version in sorted(entry.versions.items())))
     if entry.metrics:
         output.line(", ".join(f"{name} {value:.6g}" for name, value in sorted(entry.metrics.items())))
+    if entry.averaged:
+        output.line(f"the mean of iterations {', '.join(map(str, entry.averaged))}")
     if entry.problem:
         output.line(f"{entry.state}: {entry.problem}")
     rows = [

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bridge.cli.output import Output, age_text, count_text, directory_argument, output_options, size_text
+from bridge.cli.output import Output, age_text, count_text, output_options, place_argument, size_text
 from bridge.cli.recipes import load_recipe, recipe_options
+from bridge.training.object_url import ObjectUrl
 
 if TYPE_CHECKING:
-    from bridge.training.checkpointing.catalog import Choice, Listed
+    from bridge.training.checkpointing.catalog import CatalogEntry, Choice, Listed
 
 DESCRIPTION = """List the checkpoints in DIR and in the tiers beside it: global non-persistent ones, and those on local
 disks and in the memory of this machine. Then say which one a run with checkpoint.load: DIR would resume from, and why.
 
-DIR is checkpoint.save or checkpoint.load of a run, of Megatron Bridge and Megatron-LM too. Nothing is verified; verify
-does that."""
+DIR is checkpoint.save or checkpoint.load of a run, of Megatron Bridge and Megatron-LM too, or a place in object
+storage, s3://bucket/prefix. Nothing is verified; verify does that."""
 
 COLUMNS = ("ITERATION", "TIER", "FORMAT", "SIZE", "FILES", "AGE", "RANKS", "LAYOUT", "STATE")
 _ONE = re.compile(r"[A-Z]+1")
@@ -28,11 +29,11 @@ _TIERS = {"persistent": "persistent", "non_persistent_global": "global", "local"
 
 
 @click.command("ls", help=DESCRIPTION, short_help="list checkpoints, and say which one a run would load and why")
-@directory_argument()
+@place_argument()
 @recipe_options(required=False)
 @output_options
 def command(
-    directory: Path,
+    directory: Path | ObjectUrl,
     recipe: Path | None,
     overlays: tuple[Path, ...],
     overrides: tuple[str, ...],
@@ -40,16 +41,8 @@ def command(
     quiet: bool,
 ) -> None:
     """Carry it out."""
-    from bridge.training.checkpointing.catalog import list_all
-    from bridge.training.checkpointing.catalog.diagnosing import settings_of
-    from bridge.training.checkpointing.errors import CheckpointNotFoundError
-
     output = Output(as_json, quiet)
-    if not directory.exists():
-        raise CheckpointNotFoundError(f"{directory} does not exist; name the checkpoint.save of a run")
-    config = load_recipe(recipe, overlays, overrides)
-    cfg, own_paths = (None, []) if config is None else settings_of(config, directory)
-    listed = list_all(directory, cfg, own_paths=own_paths)
+    listed = _look(directory, recipe, overlays, overrides)
     output.result(_for_programs(listed))
     output.line(heading(listed))
     if listed.rows:
@@ -67,27 +60,43 @@ def command(
         output.hint(line)
 
 
+def _look(
+    place: Path | ObjectUrl, recipe: Path | None, overlays: tuple[Path, ...], overrides: tuple[str, ...]
+) -> Listed:
+    from bridge.training.checkpointing.catalog import list_all
+    from bridge.training.checkpointing.catalog.diagnosing import settings_of
+    from bridge.training.checkpointing.errors import CheckpointNotFoundError
+
+    if isinstance(place, Path) and not place.exists():
+        raise CheckpointNotFoundError(f"{place} does not exist; name the checkpoint.save of a run")
+    config = load_recipe(recipe, overlays, overrides)
+    cfg, own_paths = (None, []) if config is None else settings_of(config, place)
+    if isinstance(place, Path):
+        return list_all(place, cfg, own_paths=own_paths)
+    from bridge.training.checkpointing.catalog.buckets.listing import list_in_bucket
+
+    return list_in_bucket(place, cfg)
+
+
 def heading(listed: Listed) -> str:
     """The first line."""
     total = sum(row.total_bytes or 0 for row in listed.rows)
-    return f"{listed.directory}: {count_text(len(listed.rows), 'checkpoint')}, {size_text(total)}"
+    return f"{listed.place}: {count_text(len(listed.rows), 'checkpoint')}, {size_text(total)}"
 
 
 def _row(row: Any, listed: Listed, *, is_brief: bool = False) -> tuple[str, ...]:
     state = row.state if is_brief or not row.problem else f"{row.state}: {row.problem}"
     if row.origin not in ("bridge", ""):
-        state = f"of {row.origin}" if row.state == "foreign" else f"{state} (of {row.origin})"
+        whose = "plain DCP" if row.origin == "torch DCP" else f"of {row.origin}"
+        state = whose if row.state == "foreign" else f"{state} ({whose})"
+    if row.averaged:
+        state = f"{state}, a mean"
     if row.left_behind:
         state = f"{state}, left behind by a rollback"
-    chosen = listed.choice.source
-    if chosen is not None and (chosen.path, listed.choice.iteration, chosen.kind) == (
-        row.path,
-        row.iteration,
-        row.kind,
-    ):
+    if _is_loaded(row, listed.choice):
         state = f"{state}  <- a run resumes here"
     return (
-        "release" if row.iteration is None else str(row.iteration),
+        _iteration_text(row),
         _TIERS[row.kind],
         row.format or "-",
         size_text(row.total_bytes),
@@ -99,12 +108,20 @@ def _row(row: Any, listed: Listed, *, is_brief: bool = False) -> tuple[str, ...]
     )
 
 
+def _is_loaded(row: CatalogEntry, choice: Choice) -> bool:
+    """Whether it is the one that a run would load. Where its name tells no iteration, the place alone says so."""
+    source = choice.source
+    if source is None or (row.path, row.kind) != (source.path, source.kind):
+        return False
+    return row.iteration in (None, choice.iteration)
+
+
 def layout_text(layout: Any) -> str:
     """The sizes that are not 1, as in `TP2 DP4`."""
     return " ".join(size for size in str(layout).split() if not _ONE.fullmatch(size)) or "-"
 
 
-def verdict(directory: Path, listed: Listed) -> list[str]:
+def verdict(directory: Path | ObjectUrl, listed: Listed) -> list[str]:
     """What a run would do, in words."""
     choice = listed.choice
     lines = [f"passed over: {reason}" for reason in choice.passed_over]
@@ -121,11 +138,28 @@ def verdict(directory: Path, listed: Listed) -> list[str]:
         ]
     if choice.source is None:
         return [*lines, f"A run that loads {directory} starts FROM SCRATCH: there is no checkpoint."]
+    if _tells_no_iteration(listed):
+        what = "begins at iteration 0 with a plain DCP checkpoint, which tells no iteration"
+        return [*lines, f"A run that loads {directory} {what}: {choice.source.reason}."]
     what = "the release checkpoint" if choice.source.release else f"iteration {choice.iteration}"
     return [*lines, f"A run that loads {directory} resumes from {what}: {choice.source.reason}."]
 
 
-def hints(directory: Path, listed: Listed, *, has_diagnosis: bool = False) -> list[str]:
+def _tells_no_iteration(listed: Listed) -> bool:
+    """Whether what a run would load is a plain DCP checkpoint whose name tells no iteration."""
+    source = listed.choice.source
+    return source is not None and any(
+        row.path == source.path and row.origin == "torch DCP" and row.iteration is None for row in listed.rows
+    )
+
+
+def _iteration_text(row: CatalogEntry) -> str:
+    if row.iteration is not None:
+        return str(row.iteration)
+    return "release" if row.path.name == "release" else "-"
+
+
+def hints(directory: Path | ObjectUrl, listed: Listed, *, has_diagnosis: bool = False) -> list[str]:
     """What to do next; `has_diagnosis` where what doctor says has been said."""
     from bridge.training.checkpointing.catalog.listing import best_of
 
@@ -146,13 +180,13 @@ def hints(directory: Path, listed: Listed, *, has_diagnosis: bool = False) -> li
 def _for_programs(listed: Listed) -> dict[str, Any]:
     choice = listed.choice
     return {
-        "directory": listed.directory,
+        "directory": listed.place,
         "checkpoints": [
             {
-                **{name: value for name, value in vars(row).items() if name != "layout"},
+                **{name: value for name, value in vars(row).items() if name not in ("layout", "url")},
+                "path": row.place,
                 "parallel_sizes": None if row.layout is None else row.layout.sizes(),
-                "is_loaded": choice.source is not None
-                and (row.path, row.kind, row.iteration) == (choice.source.path, choice.source.kind, choice.iteration),
+                "is_loaded": _is_loaded(row, choice),
             }
             for row in listed.rows
         ],
@@ -168,7 +202,7 @@ def choice_for_programs(choice: Choice) -> dict[str, Any]:
     return {
         "outcome": choice.outcome,
         "iteration": choice.iteration,
-        "path": None if source is None else source.path,
+        "path": None if source is None else source.place,
         "kind": None if source is None else source.kind,
         "reason": "" if source is None else source.reason,
         "passed_over": choice.passed_over,

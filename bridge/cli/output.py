@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
-from bridge.training.object_url import is_url
+from bridge.training.object_url import ObjectUrl, is_url
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -167,19 +167,57 @@ def count_text(count: int, noun: str, many: str = "") -> str:
     return f"{count:,} {noun if count == 1 else many or noun + 's'}"
 
 
-def directory_argument(name: str = "directory", metavar: str = "DIR") -> Callable[[F], F]:
-    """An argument that names a directory; `~` is expanded. It need not exist: the command says what is missing."""
-    return click.argument(name, metavar=metavar, type=click.Path(), callback=_expanded)
+COPY_FIRST = "copy it to a directory, as with: aws s3 sync {url} DIR"
+"""What to do about a place in object storage where only a directory will do."""
 
 
-def _expanded(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
-    if value is None:
-        return None
-    if is_url(value):  # as a path it would lose one of its slashes, and lead nowhere
-        raise click.BadParameter(
-            f"{value} is a place in object storage, and the commands look at directories.", context, parameter
-        )
-    return Path(value).expanduser()
+UPLOAD_AFTERWARDS = "name a directory, and copy it afterwards, as with: aws s3 sync DIR {url}"
+"""The same, where something is to be written."""
+
+
+def directory_argument(
+    name: str = "directory", metavar: str = "DIR", *, otherwise: str = COPY_FIRST
+) -> Callable[[F], F]:
+    """An argument that names a directory; `~` is expanded. It need not exist: the command says what is missing.
+
+    Args:
+        name: the parameter that takes it, a Path.
+        metavar: what the help calls it.
+        otherwise: what to do with a place in object storage, `{url}`, which is refused.
+    """
+
+    def expanded(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
+        if value is None:
+            return None
+        if is_url(value):  # as a path it would lose one of its slashes, and lead nowhere
+            raise click.BadParameter(
+                f"{value} is a place in object storage, and {context.command.name} works with directories: "
+                f"{otherwise.format(url=value)}",
+                context,
+                parameter,
+            )
+        return Path(value).expanduser()
+
+    return click.argument(name, metavar=metavar, type=click.Path(), callback=expanded)
+
+
+def place_argument(name: str = "directory", metavar: str = "DIR") -> Callable[[F], F]:
+    """An argument that names a directory, as `directory_argument`, or a place in object storage.
+
+    Args:
+        name: the parameter that takes it, a Path or an ObjectUrl.
+        metavar: what the help calls it.
+    """
+    return click.argument(name, metavar=metavar, type=click.Path(), callback=_place)
+
+
+def _place(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | ObjectUrl | None:
+    if value is None or not is_url(value):
+        return None if value is None else Path(value).expanduser()
+    try:
+        return ObjectUrl.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(f"a URL {error}.", context, parameter) from None  # it may hold credentials
 
 
 safe_global_option = click.option(

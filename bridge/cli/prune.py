@@ -29,9 +29,14 @@ names and are added to the recipe's.
 What the tracker names, everything newer, and what a setting or a link leads to is never deleted. --apply refuses to
 work where a run saves: that run prunes by itself."""
 
+IN_A_BUCKET = (
+    "the run that uploads to {url} prunes it by its own settings, as checkpoint.most_recent_k; by hand, delete a "
+    "checkpoint's manifest.json first and then the rest of it"
+)
+
 
 @click.command("prune", help=DESCRIPTION, short_help="delete old checkpoints by retention's rules (--apply does it)")
-@directory_argument()
+@directory_argument(otherwise=IN_A_BUCKET)
 @click.option("--most-recent-k", type=click.IntRange(1), metavar="K", help="keep the K newest")
 @click.option("--save-retain-interval", type=click.IntRange(1), metavar="N", help="keep the multiples of N iterations")
 @click.option("--retain-every-hours", type=PositiveFloat(), metavar="H", help="keep one every H hours")

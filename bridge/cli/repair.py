@@ -15,9 +15,14 @@ trackers anew from what is published.
 
 Without --apply it only says what it would do. It refuses to work where a run saves. No checkpoint is deleted."""
 
+IN_A_BUCKET = (
+    "the next run that uploads to {url} removes remains and sets the trackers; `bridge-ckpt doctor {url}` says what is "
+    "wrong, and checkpoint.ckpt_step loads another checkpoint meanwhile"
+)
+
 
 @click.command("repair", help=DESCRIPTION, short_help="set trackers, remains and marks right (--apply does it)")
-@directory_argument()
+@directory_argument(otherwise=IN_A_BUCKET)
 @click.option("--apply", "is_real", is_flag=True, help="do it, instead of saying what would be done")
 @sure_option
 @output_options

@@ -17,7 +17,9 @@ directory has a checkpoint that is as new, nothing is done."""
 
 
 @click.command("rescue", help=DESCRIPTION, short_help="write a dead run's in-memory checkpoint into its save directory")
-@directory_argument("save_dir", "SAVE_DIR")
+@directory_argument(
+    "save_dir", "SAVE_DIR", otherwise="name the run's checkpoint.staging_dir; its next start uploads to {url}"
+)
 @click.option("--force", is_flag=True, help="even if the save directory has a checkpoint as new")
 @click.option("--release", is_flag=True, help="end the keepers afterwards and free their memory")
 @safe_global_option

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bridge.cli.output import Output, count_text, directory_argument, output_options, safe_global_option, size_text
+from bridge.cli.output import Output, count_text, output_options, place_argument, plain, safe_global_option, size_text
+from bridge.training.object_url import ObjectUrl
 from bridge.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Check every published checkpoint in DIR, global non-persistent ones in DIR/non_persistent included:
 each file against the size and the checksum that the manifest says, and the trackers against the checkpoints. DIR may
-be one checkpoint.
+be one checkpoint, or a place in object storage, s3://bucket/prefix: its objects are read and not kept.
 
 The exit status is 0 only if all of them are sound. Nothing is changed."""
 
@@ -27,7 +28,7 @@ _PATIENCE = 2.0
 
 
 @click.command("verify", help=DESCRIPTION, short_help="check that checkpoints are sound, file by file")
-@directory_argument()
+@place_argument()
 @click.option("--step", type=int, metavar="N", help="only the checkpoint of this iteration")
 @click.option(
     "--level",
@@ -39,7 +40,7 @@ _PATIENCE = 2.0
 @safe_global_option
 @output_options
 def command(
-    directory: Path,
+    directory: Path | ObjectUrl,
     step: int | None,
     level: Any,
     threads: int | None,
@@ -48,7 +49,6 @@ def command(
     quiet: bool,
 ) -> int:
     """Carry it out; return the exit status."""
-    from bridge.training.checkpointing.catalog import verify_directory
     from bridge.training.checkpointing.catalog.verifying import THREADS
     from bridge.training.checkpointing.safety.safe_globals import allow
 
@@ -58,17 +58,17 @@ def command(
 
     def show(verified: Verified) -> None:
         progress.clear()
-        for line in lines_of(verified, directory, quiet=quiet):
+        for line in lines_of(verified, Path(str(directory)), quiet=quiet):
             output.line(line)
 
     try:
-        found = verify_directory(directory, step=step, level=level, threads=threads, report=progress, done=show)
+        found = _check(directory, step=step, level=level, threads=threads, report=progress, done=show)
     except KeyboardInterrupt:
         _end_threads(THREADS)
         raise
     finally:
         progress.clear()
-    output.result({**vars(found), "is_sound": found.is_sound})
+    output.result(_for_programs(found))
     for problem in found.problems:
         output.line(f"DAMAGED TRACKER: {problem}")
     output.line(summary(found))
@@ -77,6 +77,24 @@ def command(
     for each in found.to_repair:
         output.hint(f"To set the trackers right: bridge-ckpt repair {each}")
     return 0 if found.is_sound else 1
+
+
+def _check(place: Path | ObjectUrl, **how: Any) -> Verification:
+    if isinstance(place, ObjectUrl):
+        from bridge.training.checkpointing.catalog.buckets.verifying import verify_bucket
+
+        return verify_bucket(place, **how)
+    from bridge.training.checkpointing.catalog import verify_directory
+
+    return verify_directory(place, **how)
+
+
+def _for_programs(found: Verification) -> dict[str, Any]:
+    checkpoints = [{**plain(each), "path": each.place} for each in found.checkpoints]
+    for each in checkpoints:
+        del each["url"]
+    values = {name: value for name, value in vars(found).items() if name != "url"}
+    return {**values, "directory": found.place, "checkpoints": checkpoints, "is_sound": found.is_sound}
 
 
 def _end_threads(prefix: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from bridge.training.checkpointing.conversion.plan import Piece, Tensor
 from bridge.training.checkpointing.errors import (
@@ -21,15 +20,16 @@ from bridge.training.checkpointing.errors import (
     DirectoryInUseError,
 )
 from bridge.training.checkpointing.export import averaging
-from bridge.training.checkpointing.export.averaging import AveragedStore, iterations_of
+from bridge.training.checkpointing.export.averaging import Averaged
 from bridge.training.checkpointing.export.exporting import Options
+from bridge.training.checkpointing.export.mean import AveragedStore, iterations_of
 from bridge.training.checkpointing.export.plan import whole
 from bridge.training.checkpointing.integrity import read_manifest
 from bridge.training.checkpointing.layout import LEGACY_TRACKER, TRACKER
 from bridge.training.checkpointing.safety.safe_globals import load_torch_file
 from bridge.training.checkpointing.source import require_whole
 from tests.cli.commands import copied, flip, run_all
-from tests.cli.test_export import of_model, stock_tensors
+from tests.cli.exported import elsewhere, of_model, stock_tensors, tensors_in
 from tests.cli.test_rescue import claimed
 from tests.distributed.launch import run_ranks
 from tests.faults.killing import run_until
@@ -39,19 +39,10 @@ MIB = 1 << 20
 NAME = "iter_0000006"
 
 
-def average(*arguments: Any, **options: Any) -> Any:
+def average(*arguments: Any, **options: Any) -> Averaged:
     """Take a mean in another process."""
-
-    def attempt() -> Any:
-        try:
-            return averaging.average(*arguments, **options)
-        except CheckpointError as error:
-            return error
-
-    (outcome,) = run_ranks(attempt, 1)
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+    averaged: Averaged = elsewhere(averaging.average, *arguments, **options)
+    return averaged
 
 
 def mean_of(save: Path, *iterations: int) -> dict[str, torch.Tensor]:
@@ -126,15 +117,10 @@ def test_a_run_starts_from_the_mean(trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_mean_is_exported(trained: Path, tmp_path: Path) -> None:
-    def attempt() -> Any:
-        options = Options(shard_bytes=150_000, dtype="bf16")
-        return averaging.export_average(trained, tmp_path / "out", options, steps=(2, 4, 6), memory=4 * MIB)
-
-    (exported,) = run_ranks(attempt, 1)
+    options = Options(shard_bytes=150_000, dtype="bf16")
+    exported = elsewhere(averaging.export_average, trained, tmp_path / "out", options, steps=(2, 4, 6), memory=4 * MIB)
     assert exported.iterations == (2, 4, 6)
-    found: dict[str, torch.Tensor] = {}
-    for path in (tmp_path / "out").glob("*.safetensors"):
-        found |= load_file(path)
+    found = tensors_in(tmp_path / "out")
     average(trained, tmp_path / "mean", last=3)
     assert all(
         torch.equal(found[key], value.bfloat16()) for key, value in stock_tensors(tmp_path / "mean" / NAME).items()
@@ -266,10 +252,12 @@ def test_killed_at_any_time_it_leaves_a_whole_checkpoint_or_none(trained: Path, 
 
 def test_the_command_line(trained: Path, tmp_path: Path) -> None:
     mean = tmp_path / "mean"
-    plain, as_json, quiet, both, option, few = run_all(
+    plain, as_json, quiet, inspected, listed, both, option, few = run_all(
         ["average", trained, mean, "--step", 2, "--step", 6],
         ["average", trained, tmp_path / "out", "--last", 3, "--format", "safetensors", "--json"],
         ["average", trained, mean, "--last", 3, "--quiet", "--force", "--memory-gib", 0.1, "--no-verify"],
+        ["inspect", mean],
+        ["ls", mean],
         ["average", trained, mean, "--last", 3, "--step", 4],
         ["average", trained, mean, "--last", 3, "--dtype", "bf16"],
         ["average", trained, mean, "--last", 1],
@@ -285,6 +273,9 @@ def test_the_command_line(trained: Path, tmp_path: Path) -> None:
     assert (quiet.status, len(quiet.out.splitlines())) == (0, 2)
     assert quiet.err.endswith(f"WARNING replaced the checkpoint that was in {mean / NAME}\n")
     assert len(quiet.err.splitlines()) == 1
+    assert (inspected.status, listed.status) == (0, 0)
+    assert "the mean of iterations 2, 4, 6\n" in inspected.out
+    assert "  committed, a mean  <- a run resumes here\n" in listed.out
     assert (both.status, option.status, few.status) == (2, 2, 1)
     assert option.err.startswith("error: --dtype is for --format safetensors.")
     assert few.err == "error: a mean is taken of two iterations or more; name others, or more of them\n"

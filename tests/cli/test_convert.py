@@ -190,7 +190,8 @@ def test_there_and_back_every_tensor_object_and_file_is_the_same(root: Path, tmp
         for sidecar in ("common.pt", "train_state.pt", *SIDECARS):
             assert (converted.path / sidecar).read_bytes() == before[sidecar]
         save_dir = converted.path.parent
-        assert {path.name for path in save_dir.iterdir()} == {NAME, TRACKER, LEGACY_TRACKER, ".bridge-writer"}
+        own = {".bridge-writer", ".bridge-events.jsonl"}
+        assert {path.name for path in save_dir.iterdir()} == {NAME, TRACKER, LEGACY_TRACKER, *own}
         assert (save_dir / TRACKER).read_bytes() == before["train_state.pt"]
         assert (save_dir / LEGACY_TRACKER).read_text() == "3"
         for size in (1, 2):
@@ -351,7 +352,7 @@ def test_killed_anywhere_it_continues_and_ends_with_the_same(root: Path, tmp_pat
             assert f"has a checkpoint of iteration {ITERATION}" in str(error)
         assert records_of(target / NAME) == undisturbed
         assert {path.name for path in target.iterdir() if not path.name.startswith(".trash-")} == {
-            *(NAME, TRACKER, LEGACY_TRACKER, ".bridge-writer")
+            *(NAME, TRACKER, LEGACY_TRACKER, ".bridge-writer", ".bridge-events.jsonl")
         }
         assert (target / TRACKER).read_bytes() == (source / NAME / "train_state.pt").read_bytes()
     assert reused[:3] == sorted(reused[:3])
@@ -422,7 +423,7 @@ def test_what_is_left_is_trusted_only_if_it_is_whole_and_of_the_same_conversion(
     larger = convert(tmp_path / "other", tmp_path / "two", "zarr", memory=8 << 20, processes=1, force=True)
     assert larger.parts_reused == 3
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
-        [".bridge-writer", NAME, TRACKER, LEGACY_TRACKER]
+        [".bridge-writer", ".bridge-events.jsonl", NAME, TRACKER, LEGACY_TRACKER]
     )
 
     # A run that starts in the directory sweeps what is left of it.
@@ -465,7 +466,8 @@ def test_a_checkpoint_of_another_program_stays_one(root: Path, tmp_path: Path, n
     assert read_manifest(converted.path) is None
     assert get_checkpoint_format(converted.path) == target
     assert converted.trackers == f"{LEGACY_TRACKER} names iteration 3"
-    assert {path.name for path in converted.path.parent.iterdir()} == {NAME, LEGACY_TRACKER, ".bridge-writer"}
+    own = {".bridge-writer", ".bridge-events.jsonl"}
+    assert {path.name for path in converted.path.parent.iterdir()} == {NAME, LEGACY_TRACKER, *own}
     run_ranks(load_states, 2, converted.path)
 
 

@@ -12,13 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from bridge.training.checkpointing.catalog.contents import part_of
+from bridge.cli.application import parse
+from bridge.cli.tensors import bytes_of
+from bridge.training.checkpointing.additions import add_file
 from bridge.training.checkpointing.conversion.plan import Piece, PlanError, Tensor
 from bridge.training.checkpointing.errors import (
     CheckpointDamagedError,
@@ -35,6 +37,7 @@ from bridge.training.checkpointing.export.hugging_face import FAMILIES, layout_f
 from bridge.training.checkpointing.export.plan import Target, files_of, pieces_of, whole
 from bridge.training.checkpointing.export.publishing import published
 from tests.cli.commands import copied, flip, run, run_all
+from tests.cli.exported import elsewhere, of_model, tensors_in
 from tests.cli.transformer import logits_of
 from tests.distributed.launch import init_ranks, run_ranks
 from tests.faults.killing import run_until
@@ -130,41 +133,9 @@ def save_large(root: Path) -> None:
 
 
 def export(*arguments: Any, **options: Any) -> Exported:
-    """Export in another process: one in which TensorStore has been at work cannot start ranks any more."""
-
-    def attempt() -> Any:
-        try:
-            return exporting.export(*arguments, **options)
-        except CheckpointError as error:
-            return error
-
-    (outcome,) = run_ranks(attempt, 1)
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
-
-
-def stock_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """What torch itself reads of a checkpoint."""
-    entries = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
-    described = {key: entry for key, entry in sorted(entries.items()) if hasattr(entry, "size")}
-    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in described.items()}
-    dcp.load(tensors, checkpoint_id=str(checkpoint), no_dist=True)
-    return tensors
-
-
-def of_model(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in stock_tensors(checkpoint).items() if part_of(key) == "model"}
-
-
-def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of an export, by the library."""
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        part = load_file(path)
-        assert not found.keys() & part.keys()
-        found |= part
-    return found
+    """Export in another process."""
+    exported: Exported = elsewhere(exporting.export, *arguments, **options)
+    return exported
 
 
 def require_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -381,6 +352,27 @@ def test_only_exports_are_replaced(models: Path, tmp_path: Path) -> None:
     assert (out / "tokenizer.json").exists()
 
 
+def test_the_tokenizer_comes_along_for_transformers(models: Path, tmp_path: Path) -> None:
+    save, out = copied(models / "llama", tmp_path / "run"), tmp_path / "out"
+    path = save / "iter_0000002"
+    for name, data in {"tokenizer.json": b"{}", "merges.txt": b"a b", "config.json": b"its own", "deep/x": b""}.items():
+        add_file(path, f"tokenizer/{name}", data)
+    exported = export(save, out, Options(hf_layout=True, shard_bytes=100_000))
+    beside = {"tokenizer.json": b"{}", "merges.txt": b"a b"}
+    assert {name: (out / name).read_bytes() for name in beside} == beside
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llama"  # the model's
+    assert exported.files == {each.name: each.stat().st_size for each in out.iterdir()}
+    assert not (out / "deep").exists()
+    # What an export has put there, another one replaces; what somebody else has, none.
+    export(models / "starcoder2", out, Options(force=True))
+    assert {each.name for each in out.iterdir()} == {"model.safetensors"}
+    export(save, out, Options(force=True, hf_layout=True))
+    (out / "vocab.json").write_bytes(b"{}")
+    with pytest.raises(CheckpointSaveError, match=re.escape("holds what no export has written (vocab.json)")):
+        export(save, out, Options(force=True, hf_layout=True))
+    assert (out / "vocab.json").exists()
+
+
 def test_two_exports_do_not_write_into_one_another(models: Path, tmp_path: Path) -> None:
     with published(tmp_path / "out", force=False) as directory:
         (directory / "model.safetensors").write_bytes(b"")
@@ -467,6 +459,21 @@ def test_the_command_line(models: Path, tmp_path: Path) -> None:
     assert unknown.status == 2
     assert missing.err == f"error: SRC: {tmp_path / 'no'} does not exist\n"
     assert run("export", llama).status == 2
+
+
+@pytest.mark.parametrize("option", ["--memory-gib", "--shard-gb"])
+@pytest.mark.parametrize("number", ["nan", "inf", "-1", "0", "much"])
+@pytest.mark.parametrize("command", ["export", "average"])
+def test_amounts_are_finite_numbers_above_0(command: str, option: str, number: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a") as raised:
+        parse([command, "SRC", "DST", option, number])
+    assert raised.value.param is not None
+    assert option in raised.value.param.opts
+
+
+def test_amounts_that_nothing_has_are_no_limit() -> None:
+    assert bytes_of(1e308, 2**30) == 2**62
+    assert bytes_of(0.5, 2**30) == 2**29
 
 
 def tensor(*shape: int, chunk: tuple[int, ...] | None = None) -> Tensor:

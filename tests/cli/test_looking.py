@@ -18,7 +18,15 @@ from bridge.training.checkpointing.catalog import list_all, read_head, recorded_
 from bridge.training.checkpointing.catalog.choosing import recorded_doubts
 from bridge.training.checkpointing.errors import CheckpointDamagedError
 from bridge.training.checkpointing.integrity import FileRecord, Manifest, read_manifest, write_manifest
-from bridge.training.checkpointing.layout import LEGACY_TRACKER, MANIFEST, RUN_CONFIG, TRACKER, iteration_name
+from bridge.training.checkpointing.layout import (
+    COMPACT_METADATA,
+    LEGACY_TRACKER,
+    MANIFEST,
+    RUN_CONFIG,
+    TRACKER,
+    TRAIN_STATE,
+    iteration_name,
+)
 from bridge.training.checkpointing.marks import mark
 from bridge.training.checkpointing.resolve import Source
 from bridge.training.checkpointing.starts import Start, Starts, write_starts
@@ -105,7 +113,8 @@ def test_ls_where_there_is_nothing_or_something_else(trained: Path, tmp_path: Pa
 
 def test_ls_knows_other_tiers_and_other_programs(trained: Path, tmp_path: Path) -> None:
     save_dir = copied(trained, tmp_path / "run")
-    for name, files in (("iter_0000002", (MANIFEST, RUN_CONFIG)), ("iter_0000004", (MANIFEST,))):
+    ours = (TRAIN_STATE, COMPACT_METADATA)
+    for name, files in (("iter_0000002", (MANIFEST, RUN_CONFIG, *ours)), ("iter_0000004", (MANIFEST,))):
         for file in files:
             (save_dir / name / file).unlink()
     shutil.copytree(save_dir / "iter_0000006", save_dir / "non_persistent" / "iter_0000006")
@@ -208,9 +217,11 @@ def test_doctor_knows_what_a_run_itself_writes(tmp_path: Path) -> None:
         ["doctor", save_dir],
         ["doctor", save_dir, "--recipe", recipe, "--set", f"logger.metrics_path={save_dir}/metrics.jsonl"],
     )
-    assert (alone.status, with_recipe.status) == (1, 0)
-    assert f"A run that loads {save_dir} FAILS: checkpoint.load: {save_dir} holds no checkpoint" in alone.out
-    assert with_recipe.out == f"A run that loads {save_dir} starts FROM SCRATCH: there is no checkpoint.\n"
+    assert (alone.status, with_recipe.status) == (0, 0)
+    taken = "metrics.jsonl: taken for the run's own, as logger.metrics_path; the start of another run fails"
+    begun = f"A run that loads {save_dir} starts FROM SCRATCH: there is no checkpoint.\n"
+    assert alone.out == f"note    {taken}\n{begun}"
+    assert with_recipe.out == begun
 
 
 def test_doctor_finds_what_accidents_have_left(trained: Path, tmp_path: Path) -> None:
@@ -229,7 +240,7 @@ def test_doctor_finds_what_accidents_have_left(trained: Path, tmp_path: Path) ->
 def test_doctor_understands_what_megatron_lm_left(trained: Path, tmp_path: Path) -> None:
     save_dir = copied(trained, tmp_path / "run")
     (save_dir / TRACKER).unlink()
-    for name in (MANIFEST, RUN_CONFIG, "train_state.pt"):
+    for name in (MANIFEST, RUN_CONFIG, TRAIN_STATE, COMPACT_METADATA):
         (save_dir / "iter_0000006" / name).unlink()
     found = run("doctor", save_dir, "--json").json
     texts = [each["text"] for each in found["findings"]]
@@ -490,14 +501,14 @@ def test_what_is_no_directory(tmp_path: Path) -> None:
     typo, to_begin, url, garbage = run_all(
         ["doctor", tmp_path / "typo"],
         ["doctor", tmp_path / "typo", "--recipe", recipe],
-        ["ls", "s3://bucket/run"],
+        ["repair", "s3://bucket/run"],
         ["ls", tmp_path / "typo", "--recipe", recipe],
     )
     assert typo == (1, "", f"error: {tmp_path}/typo does not exist; name the checkpoint.save of a run\n")
     assert to_begin.status == 0
     assert f"note    {tmp_path}/typo does not exist\n" in to_begin.out
     assert url.status == 2
-    assert "s3://bucket/run is a place in object storage, and the commands look at directories" in url.err
+    assert "s3://bucket/run is a place in object storage, and repair works with directories: the next run" in url.err
     assert garbage.status == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import click
 import pytest
 
 from bridge.cli.application import parse
-from bridge.training.checkpointing.catalog import Owner
-from bridge.training.checkpointing.layout import LEGACY_TRACKER, TRACKER
+from bridge.training.checkpointing.catalog import Owner, find_owner
+from bridge.training.checkpointing.layout import LEGACY_TRACKER, TRACKER, WRITER
 from bridge.training.checkpointing.marks import is_marked, mark
 from tests.cli.commands import Result, _run, commit_small, copied, flip, run, run_all
 from tests.cli.test_rescue import claimed
@@ -63,7 +64,7 @@ def test_repair_sets_trackers_remains_and_marks_right(trained: Path, tmp_path: P
     assert again.out == "there is nothing to repair\n"
     assert {path.name for path in save_dir.iterdir()} == {
         *("iter_0000002", "iter_0000004", "iter_0000006"),
-        *(TRACKER, LEGACY_TRACKER, ".bridge-writer"),
+        *(TRACKER, LEGACY_TRACKER),
     }
     assert [is_marked(save_dir / f"iter_000000{n}") for n in (2, 4, 6)] == [True, False, False]
     assert (save_dir / LEGACY_TRACKER).read_text() == "6"
@@ -161,6 +162,37 @@ def test_they_refuse_where_nobody_can_say(tmp_path: Path) -> None:
     assert files_in(tmp_path) == before
     sure = run("repair", tmp_path, "--no-run-saves-here")
     assert (sure.status, sure.out) == (0, "there is nothing to repair\n")
+
+
+def test_they_leave_what_is_known_of_the_run_that_saved(trained: Path, tmp_path: Path) -> None:
+    save_dir = copied(trained, tmp_path / "run")
+    said = (trained / WRITER).read_bytes()
+    (save_dir / WRITER).write_bytes(said)
+    (save_dir / LEGACY_TRACKER).write_text("3")
+    done = run_all(["repair", save_dir, "--apply"], ["prune", save_dir, "--most-recent-k", 2, "--apply"])
+    assert [each.status for each in done] == [0, 0]
+    assert not (save_dir / "iter_0000002").exists()
+    assert (save_dir / WRITER).read_bytes() == said
+
+
+def test_one_that_is_killed_leaves_it_too(tmp_path: Path) -> None:
+    commit_small(tmp_path, 1)
+    run_of = {"host": "far", "pid": 1, "start": "2026-01-01T00:00:00+00:00"}
+    words = "host far, process 1, since 2026-01-01T00:00:00+00:00"
+    (tmp_path / WRITER).write_text(json.dumps(run_of))
+    with claimed(tmp_path, passing=True) as pid:
+        owner = find_owner(tmp_path)
+        assert owner.is_alive
+        assert f"process {pid}, since " in owner.description  # a run that waits is told whom it waits for
+    assert find_owner(tmp_path) == Owner(False, words)
+    with claimed(tmp_path, passing=True):
+        pass
+    assert find_owner(tmp_path) == Owner(False, words)
+    assert run("repair", tmp_path, "--apply").status == 0
+    assert json.loads((tmp_path / WRITER).read_text()) == run_of
+    with claimed(tmp_path) as pid:
+        pass
+    assert json.loads((tmp_path / WRITER).read_text())["pid"] == pid  # a run's own claim stays
 
 
 @pytest.mark.parametrize(

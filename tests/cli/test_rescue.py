@@ -19,6 +19,8 @@ import torch
 from bridge.cli.main import main
 from bridge.training.checkpointing import ownership
 from bridge.training.checkpointing.errors import CheckpointNotFoundError
+from bridge.training.checkpointing.events.file import read_events
+from bridge.training.checkpointing.events.kinds import CheckpointRescued
 from bridge.training.checkpointing.integrity import read_manifest
 from bridge.training.checkpointing.layout import LEGACY_TRACKER, TRACKER
 from bridge.training.checkpointing.rescue import Held, newest_complete
@@ -118,6 +120,9 @@ def test_a_rescued_checkpoint_is_what_the_run_would_have_saved(tmp_path: Path, l
     run_ranks(lambda: run_and_lose(config(tmp_path / "straight", save_interval=1, model=model), after=3), size)
 
     rescued, own = save_dir / "iter_0000003", tmp_path / "straight" / "run" / "iter_0000003"
+    last = read_events(save_dir).events[-1]
+    assert isinstance(last, CheckpointRescued)
+    assert (last.iteration, last.path) == (3, str(rescued))
     assert {name for name in files_in(rescued) if not name.endswith(".distcp")} == {
         name for name in files_in(own) if not name.endswith(".distcp")
     }
@@ -198,12 +203,12 @@ def test_what_cannot_or_need_not_be_rescued_changes_nothing(tmp_path: Path) -> N
 
 
 @contextlib.contextmanager
-def claimed(save_dir: Path) -> Iterator[int]:
-    """Another process that saves in the directory."""
+def claimed(save_dir: Path, *, passing: bool = False) -> Iterator[int]:
+    """Another process that saves in the directory, or only works there."""
     ready, told = os.pipe()
     pid = os.fork()
     if pid == 0:
-        ownership.claim(save_dir)
+        ownership.claim(save_dir, passing=passing)
         os.write(told, b".")
         signal.pause()
     try:

@@ -41,6 +41,8 @@ _ENDING = "ends_within"
 """Key in the lock file: seconds that a run which is at its planned end may need for what it deletes and uploads."""
 _SAID = "announced"
 """Key in the lock file: when it said so, which tells one announcement from the next."""
+_LAST_RUN = "last_run"
+"""Key in the lock file, of a passing claim: what the file said before, as text."""
 _TAKEN = {errno.EACCES, errno.EAGAIN}
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -53,6 +55,8 @@ class _Claim(NamedTuple):
     """What the lock file says."""
     before: str = ""
     """Who had the directory before, for messages; empty if nobody says."""
+    put_back: bytes | None = None
+    """What the lock file is to say when the claim is given up; None: what it says now."""
 
 
 _claims: dict[Path, _Claim] = {}
@@ -60,7 +64,9 @@ _claims: dict[Path, _Claim] = {}
 descriptor of a file loses its lock on it."""
 
 
-def claim(save_dir: Path, setting: str = "checkpoint.save", wait_seconds: float | None = None) -> bool:
+def claim(
+    save_dir: Path, setting: str = "checkpoint.save", wait_seconds: float | None = None, *, passing: bool = False
+) -> bool:
     """Make this process the only one that saves in `save_dir`, until it ends. Claiming again does nothing.
 
     If another process has the directory, wait up to `wait_seconds` for it to end. Whoever names no time waits longer
@@ -71,6 +77,7 @@ def claim(save_dir: Path, setting: str = "checkpoint.save", wait_seconds: float 
         save_dir: an existing directory.
         setting: the one that names it, for messages.
         wait_seconds: None is `WAIT_SECONDS`.
+        passing: the claim is no run's: when it is given up, the lock file says of the last run what it said before.
 
     Returns:
         Whether this process did not have it before: what is unfinished there is then of a run that is over.
@@ -85,7 +92,7 @@ def claim(save_dir: Path, setting: str = "checkpoint.save", wait_seconds: float 
     shortest = seconds = WAIT_SECONDS if wait_seconds is None else wait_seconds
     begun = announced = time.monotonic()
     told, ending = False, _Ending()
-    while not _try_claim(directory):
+    while not _try_claim(directory, passing):
         now = time.monotonic()
         found = _Ending() if wait_seconds is not None else _announced_end(directory)
         if found != ending:
@@ -165,8 +172,19 @@ def predecessor_of(save_dir: Path) -> str:
 
 def give_up(save_dir: Path) -> None:
     """Let another process have the directory, or this one claim it again."""
-    held = _claims.pop(save_dir.resolve(), None)
-    if held is not None:
+    directory = save_dir.resolve()
+    held = _claims.pop(directory, None)
+    if held is None:
+        return
+    try:
+        if held.put_back is not None and held.pid == os.getpid() and _is_at(held.descriptor, directory / WRITER):
+            if held.put_back:
+                _write_bytes(held.descriptor, held.put_back)
+            else:
+                (directory / WRITER).unlink()  # no run has ever saved here
+    except OSError as error:
+        logger.warning("%s does not say again which run saved there last: %s", directory / WRITER, error)
+    finally:
         os.close(held.descriptor)
 
 
@@ -182,7 +200,7 @@ def _is_held(directory: Path) -> bool:
     return False
 
 
-def _try_claim(directory: Path) -> bool:
+def _try_claim(directory: Path, passing: bool) -> bool:
     descriptor = os.open(directory / WRITER, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -205,25 +223,41 @@ def _try_claim(directory: Path) -> bool:
     if not _is_at(descriptor, directory / WRITER):  # deleted between the opening and the lock
         os.close(descriptor)
         return False
-    owner = {
+    owner: dict[str, Any] = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "start": datetime.now(timezone.utc).isoformat("T", "seconds"),
     }
     try:
         # Through this descriptor: to open and close the file once more would give up the lock.
-        before = os.pread(descriptor, _LARGEST, 0)
+        before = _of_run(os.pread(descriptor, _LARGEST, 0))
+        if passing:
+            owner[_LAST_RUN] = before.decode("utf-8", "replace")
         _write(descriptor, owner)
     except BaseException:
         os.close(descriptor)
         raise
-    _claims[directory] = _Claim(descriptor, os.getpid(), owner, _in_words(before) if before else "")
+    put_back = before if passing else None
+    _claims[directory] = _Claim(descriptor, os.getpid(), owner, _in_words(before) if before else "", put_back)
     return True
 
 
 def _write(descriptor: int, owner: dict[str, Any]) -> None:
+    _write_bytes(descriptor, json.dumps(owner).encode())
+
+
+def _write_bytes(descriptor: int, content: bytes) -> None:
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+    os.pwrite(descriptor, content, 0)
+
+
+def _of_run(content: bytes) -> bytes:
+    """What a lock file that nobody holds says of the last run, also where a passing claim was killed."""
+    try:
+        kept = json.loads(content)[_LAST_RUN]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return content
+    return kept.encode() if isinstance(kept, str) else content
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -258,6 +292,15 @@ def owner_of(directory: Path) -> str:
         return _in_words(_content(directory))
     except OSError:
         return _NOBODY
+
+
+def last_run_of(directory: Path) -> str:
+    """The run that had the directory last, for messages, where nobody has it now; empty if there has been none."""
+    try:
+        content = _of_run(_content(directory))
+    except OSError:
+        return _NOBODY
+    return _in_words(content) if content else ""
 
 
 def _in_words(content: bytes) -> str:

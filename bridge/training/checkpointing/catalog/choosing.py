@@ -133,7 +133,11 @@ def choose(
     if cfg.load is None:
         return Choice("fresh")
     if is_url(cfg.load):
-        return Choice("error", error=f"{cfg.load}: what is in object storage cannot be looked at from here")
+        with collected() as notes:
+            try:
+                return _choose(cfg, offers_of(cfg), notes, thorough, own_paths, unmarked)
+            except (CheckpointError, OSError) as error:
+                return Choice("error", notes=tuple(notes), error=str(error))
     beside = global_directory(cfg) if cfg.non_persistent_ckpt_type == "global" else None
     with collected() as notes:
         try:
@@ -165,8 +169,10 @@ def _choose(
     unmarked: Collection[str],
 ) -> Choice:
     try:
-        found = _persistent(cfg, own_paths, unmarked, required=not offers)
-        waiting = preference(found, offers, cfg.ckpt_step)
+        found, others = _persistent(cfg, own_paths, unmarked, required=not offers)
+        waiting = preference(found, offers, cfg.ckpt_step) + others
+        if not waiting and cfg.mirror is not None and _is_own(cfg):
+            waiting = _in_mirror(cfg)
         if not waiting:
             return _nothing(cfg, notes)
         return _first_good(cfg, waiting, offers, notes, thorough)
@@ -196,19 +202,14 @@ def _real(choice: Choice, *places: Foreseen) -> Choice:
 
 
 def _nothing(cfg: CheckpointConfig, notes: list[str]) -> Choice:
-    if cfg.mirror is not None and _is_own(cfg):
-        from bridge.training.checkpointing.objects.loading import find_in_mirror
-
-        mirrored = find_in_mirror(cfg)
-        if mirrored:
-            return Choice("resume", mirrored[0], notes=(*notes, f"{mirrored[0].place} has not been looked into"))
     if cfg.pretrained_checkpoint is not None:
         setting = "checkpoint.pretrained_checkpoint"
         found = find_source(Path(cfg.pretrained_checkpoint).expanduser(), None, setting=setting)
         if found is None:
             message = f"{setting}: there is no checkpoint in {cfg.pretrained_checkpoint}"
             return Choice("error", notes=tuple(notes), error=message)
-        return Choice("fresh", notes=(*notes, f"the run takes its model, and only that, from {found.path} ({setting})"))
+        taken = f"the run takes its model, and only that, from {found.place} ({setting})"
+        return Choice("fresh", notes=(*notes, taken))
     if cfg.exit_on_missing_checkpoint:
         return Choice("error", notes=tuple(notes), error=f"there is no checkpoint in {cfg.load}")
     return Choice("fresh", notes=tuple(notes))
@@ -216,32 +217,60 @@ def _nothing(cfg: CheckpointConfig, notes: list[str]) -> Choice:
 
 def _persistent(
     cfg: CheckpointConfig, own_paths: Iterable[Path], unmarked: Collection[str], *, required: bool
-) -> Persistent:
-    places = (cfg.save, cfg.non_persistent_global_ckpt_dir, cfg.non_persistent_local_ckpt_dir)
+) -> tuple[Persistent, list[Source]]:
+    """The persistent checkpoint, and older ones that may stand in for it where they cannot be looked for later."""
     try:
-        source = find_source(
-            Path(str(cfg.load)).expanduser(),
-            cfg.ckpt_step,
-            [*(Path(place).expanduser() for place in places if place is not None), *own_paths],
-            check_trackers=cfg.integrity != "off",
-            fallback=cfg.fallback,
-            unmarked=unmarked,
-        )
+        found = _in_bucket(cfg) if is_url(cfg.load) else _in_directory(cfg, own_paths, unmarked)
     except CheckpointNotFoundError as error:
         if required:
             raise
-        return Persistent(None, 0, str(error))
-    iteration = None if source is None else parse_iteration_name(source.path.name)
-    return Persistent(source, iteration or 0)
+        return Persistent(None, 0, str(error)), []
+    if not found:
+        return Persistent(None, 0), []
+    return Persistent(found[0], parse_iteration_name(found[0].path.name) or 0), found[1:]
+
+
+def _in_directory(cfg: CheckpointConfig, own_paths: Iterable[Path], unmarked: Collection[str]) -> list[Source]:
+    places = (cfg.save, cfg.non_persistent_global_ckpt_dir, cfg.non_persistent_local_ckpt_dir)
+    source = find_source(
+        Path(str(cfg.load)).expanduser(),
+        cfg.ckpt_step,
+        [*(Path(place).expanduser() for place in places if place is not None), *own_paths],
+        check_trackers=cfg.integrity != "off",
+        fallback=cfg.fallback,
+        unmarked=unmarked,
+    )
+    return [] if source is None else [source]
+
+
+# What needs the S3 library is imported where it is needed: directories can do without it.
+def _in_bucket(cfg: CheckpointConfig) -> list[Source]:
+    from bridge.training.checkpointing.objects.loading import find_sources
+
+    return find_sources(cfg)
+
+
+def _in_mirror(cfg: CheckpointConfig) -> list[Source]:
+    from bridge.training.checkpointing.objects.loading import find_in_mirror
+
+    return find_in_mirror(cfg)
+
+
+def _is_explicit(cfg: CheckpointConfig) -> bool:
+    """Whether the settings name one checkpoint, in whose place no other will do."""
+    if cfg.ckpt_step is not None:
+        return True
+    if is_url(cfg.load):
+        return parse_iteration_name(str(cfg.load).rstrip("/").rpartition("/")[2]) is not None
+    return is_iteration_directory(Path(str(cfg.load)).expanduser())
 
 
 def _first_good(
     cfg: CheckpointConfig, waiting: list[Source], offers: list[Offer], notes: list[str], thorough: bool
 ) -> Choice:
-    explicit = cfg.ckpt_step is not None or is_iteration_directory(Path(str(cfg.load)).expanduser())
     ranks = Ranks(None, 0, 1)
     # Without a save directory nothing is marked.
-    candidates = Candidates(waiting, offers, cfg.fallback and not explicit)
+    candidates = Candidates(waiting, offers, cfg.fallback and not _is_explicit(cfg))
 
     def examine(source: Source) -> tuple[Source, Saved]:
         saved = _examined(cfg, source, ranks, thorough)
@@ -268,6 +297,10 @@ def _repeats(note: str, passed: tuple[str, ...]) -> bool:
 def _examined(cfg: CheckpointConfig, source: Source, ranks: Ranks, thorough: bool) -> Saved:
     if source.kind in ("local", "in_memory"):
         return _UNREAD
+    if source.origin:
+        from bridge.training.checkpointing.catalog.buckets.examining import examine
+
+        return examine(cfg, source, thorough=thorough) or _UNREAD
     if thorough:
         saved = DirectoryCheckpoint(source, cfg.integrity).describe(ranks)
     else:

@@ -10,6 +10,7 @@ from typing import Literal
 from bridge.training.checkpointing.catalog.choosing import Choice
 from bridge.training.checkpointing.catalog.entries import CatalogEntry, trackers_of
 from bridge.training.checkpointing.catalog.listing import Listed, best_of, list_all
+from bridge.training.checkpointing.catalog.origins import PLAIN
 from bridge.training.checkpointing.catalog.owners import Owner, find_owner
 from bridge.training.checkpointing.catalog.warnings import collected
 from bridge.training.checkpointing.detection import read_metadata
@@ -31,6 +32,7 @@ from bridge.training.checkpointing.plans.resharding import OptimizerForm
 from bridge.training.checkpointing.source import older_sources
 from bridge.training.checkpointing.trackers import read_tracker, sound_tracker
 from bridge.training.config import CheckpointConfig, ConfigContainer, ConfigError
+from bridge.training.object_url import ObjectUrl
 
 Grade = Literal["ok", "note", "problem"]
 
@@ -57,6 +59,11 @@ class Diagnosis:
     """What would be restored; None where nothing would be, or it cannot be said."""
     plan_of: str
     """The run that the plan is of, in words."""
+
+    @property
+    def place(self) -> str:
+        """Where this is, for people."""
+        return self.listed.place
 
     @property
     def choice(self) -> Choice:
@@ -91,19 +98,25 @@ def diagnose(directory: Path, recipe: ConfigContainer | None = None, world_size:
         findings = list(_findings(directory, listed, owner))
     plan, plan_of = None, ""
     if listed.choice.saved is not None and listed.choice.source is not None:
-        config = recipe or _recorded(listed.choice.source.path)
-        plan_of = "a run of the recipe" if recipe is not None else "a run with the settings that it was saved with"
-        plan, more = _planned(listed.choice.source.path, listed.choice.saved, config, world_size)
+        config = recipe or recorded_config(listed.choice.source.path)
+        plan_of = plan_name(recipe)
+        plan, more = planned(listed.choice.source.path, listed.choice.saved, config, world_size)
         findings += more
         findings += _of_origin(listed, listed.choice.saved)
     return Diagnosis(directory, owner, listed, tuple(findings), plan, plan_of)
 
 
-def settings_of(recipe: ConfigContainer, directory: Path) -> tuple[CheckpointConfig, list[Path]]:
-    """The settings of a run of a recipe that loads from a directory, and what it writes beside its checkpoints."""
+def plan_name(recipe: ConfigContainer | None) -> str:
+    """The run that a plan is of, in words."""
+    return "a run of the recipe" if recipe is not None else "a run with the settings that it was saved with"
+
+
+def settings_of(recipe: ConfigContainer, directory: Path | ObjectUrl) -> tuple[CheckpointConfig, list[Path]]:
+    """The settings of a run of a recipe that loads from a place, and what it writes beside its checkpoints."""
     named = (recipe.logger.metrics_path, recipe.dataset.path_to_cache)
     own_paths = [Path(path).expanduser() for path in named if path is not None]
-    return replace(recipe.checkpoint, load=str(directory), save=recipe.checkpoint.save or str(directory)), own_paths
+    save = recipe.checkpoint.save or (str(directory) if isinstance(directory, Path) else None)
+    return replace(recipe.checkpoint, load=str(directory), save=save), own_paths
 
 
 def _findings(directory: Path, listed: Listed, owner: Owner) -> Iterator[Finding]:
@@ -119,8 +132,7 @@ def _findings(directory: Path, listed: Listed, owner: Owner) -> Iterator[Finding
         yield from _of_trackers(directory, listed)
         yield from _of_leftovers(directory, listed, owner)
         yield from _of_newer(directory, listed)
-    for reason in listed.choice.passed_over:
-        yield Finding("problem", f"would be passed over: {reason}", "bridge-ckpt verify tells which files are wrong")
+    yield from of_passed_over(listed.choice)
     if listed.unconsidered:
         yield Finding(
             "problem",
@@ -133,6 +145,12 @@ def _findings(directory: Path, listed: Listed, owner: Owner) -> Iterator[Finding
         if not (entry.state == "damaged" and (f"{entry.path} " in passed or f"{entry.path}:" in passed)):
             yield from _of_entry(entry)
     yield from (Finding("note", note) for note in listed.choice.notes)
+
+
+def of_passed_over(choice: Choice) -> Iterator[Finding]:
+    """Better checkpoints than that which would be loaded."""
+    for reason in choice.passed_over:
+        yield Finding("problem", f"would be passed over: {reason}", "bridge-ckpt verify tells which files are wrong")
 
 
 def _of_trackers(directory: Path, listed: Listed) -> Iterator[Finding]:
@@ -231,7 +249,7 @@ def _of_entry(entry: CatalogEntry) -> Iterator[Finding]:
         yield Finding("note", f"{entry.kind} checkpoint of iteration {entry.iteration}: {entry.problem}")
 
 
-def _recorded(checkpoint: Path) -> ConfigContainer | None:
+def recorded_config(checkpoint: Path) -> ConfigContainer | None:
     """The configuration of the run that saved a checkpoint; None where it has none that can be read here."""
     try:
         return ConfigContainer.from_yaml(checkpoint / RUN_CONFIG)
@@ -239,9 +257,17 @@ def _recorded(checkpoint: Path) -> ConfigContainer | None:
         return None
 
 
-def _planned(
+def planned(
     path: Path, saved: Saved, config: ConfigContainer | None, world_size: int | None
 ) -> tuple[LoadPlan | None, list[Finding]]:
+    """What a run would restore of a checkpoint, and what speaks against it.
+
+    Args:
+        path: the checkpoint, for messages.
+        saved: what it says about itself.
+        config: of the run; None if it is unknown.
+        world_size: ranks of the run; None is as many as saved the checkpoint.
+    """
     if config is None:
         return None, [Finding("note", "what a run would restore depends on its settings: give --recipe FILE")]
     try:
@@ -305,4 +331,6 @@ def _of_origin(listed: Listed, saved: Saved) -> Iterator[Finding]:
         "the first save of a run adds checkpoints with checksums beside it, and leaves it as it is",
     )
     known = f"parallel sizes {saved.layout}" if saved.layout_is_known else "its parallel sizes are unknown"
-    yield Finding("ok", f"understood of it: iteration {saved.iteration}, {known}")
+    has_iteration = chosen.iteration is not None or saved.release or chosen.origin != PLAIN
+    iteration = f"iteration {saved.iteration}" if has_iteration else "no iteration, so a run counts from 0"
+    yield Finding("ok", f"understood of it: {iteration}, {known}")

@@ -10,15 +10,12 @@ from typing import Literal
 
 from bridge.training.callbacks import CheckpointKind
 from bridge.training.checkpointing.catalog.manifests import ManifestHead, read_head
+from bridge.training.checkpointing.catalog.origins import origin_of, require_foreign
 from bridge.training.checkpointing.detection import get_checkpoint_format
-from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError, NotACheckpointError
+from bridge.training.checkpointing.errors import CheckpointError, NotACheckpointError
 from bridge.training.checkpointing.layout import (
-    COMMON,
     LEGACY_TRACKER,
-    MCORE_METADATA,
-    PAYLOAD_METADATA,
     RELEASE,
-    RUN_CONFIG,
     TRACKER,
     Listing,
     is_iteration_directory,
@@ -66,6 +63,15 @@ class CatalogEntry:
     """Number of the run's start that saved it; 0 where nobody counts."""
     left_behind: bool = False
     """Whether the run has gone back to before it since, and gone on from there."""
+    averaged: tuple[int, ...] = ()
+    """The iterations whose mean it is; none for what a run has saved."""
+    url: str = ""
+    """Where it is in object storage; `path` then leads nowhere."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        return self.url or str(self.path)
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,7 @@ def _committed(path: Path, head: ManifestHead, kind: CheckpointKind, mark: str |
         problem or mark or "",
         tracked,
         head.start,
+        averaged=head.averaged,
     )
 
 
@@ -176,29 +183,12 @@ def _without_manifest(
     state: State = "foreign" if mark is None else "marked"
     try:
         name = get_checkpoint_format(path)
-        if (path / RUN_CONFIG).is_file() and _is_of_bridge(path / RUN_CONFIG):
-            raise CheckpointDamagedError(f"{path} has no manifest.json, the last file that a save writes")
+        require_foreign(path)
     except CheckpointError as error:
         state, problem = "damaged", str(error)
     return CatalogEntry(
         path, iteration, kind, state, origin_of(path), name, size, files, changed, problem=problem, tracked=tracked
     )
-
-
-def _is_of_bridge(config: Path) -> bool:
-    """Whether a configuration is one of ours, by the line that names its class: reading YAML takes long."""
-    with config.open("rb") as stream:
-        data = stream.read(1 << 20)
-    return b"\n_target_: bridge." in b"\n" + data
-
-
-def origin_of(path: Path) -> str:
-    """The program that wrote a checkpoint without a manifest, by its files; empty if they do not tell."""
-    if (path / RUN_CONFIG).is_file():
-        return "bridge" if _is_of_bridge(path / RUN_CONFIG) else "Megatron Bridge"
-    if (path / COMMON).is_file() or (path / MCORE_METADATA).is_file():
-        return "Megatron-LM"
-    return "torch DCP" if (path / PAYLOAD_METADATA).is_file() else ""
 
 
 def _measured(path: Path) -> tuple[int, int, float | None]:

@@ -10,6 +10,7 @@ from bridge.training.callbacks import CheckpointKind
 from bridge.training.checkpointing.catalog.choosing import Choice, choose, recorded_doubts, recorded_settings
 from bridge.training.checkpointing.catalog.entries import Catalog, CatalogEntry, read_catalog, read_entry
 from bridge.training.checkpointing.catalog.foreseen import to_publish
+from bridge.training.checkpointing.catalog.origins import metrics_files
 from bridge.training.checkpointing.catalog.tiers import Snapshots, global_directory, snapshots_of
 from bridge.training.checkpointing.catalog.warnings import collected
 from bridge.training.checkpointing.errors import CheckpointError
@@ -48,6 +49,13 @@ class Listed:
     """What a crash has left complete, and the next run that saves there publishes."""
     is_given: bool = False
     """Whether the settings were given, and not guessed by what is recorded."""
+    url: str = ""
+    """Where this is in object storage; `directory` then leads nowhere."""
+
+    @property
+    def place(self) -> str:
+        """Where this is, for people."""
+        return self.url or str(self.directory)
 
     @property
     def unconsidered(self) -> tuple[CatalogEntry, ...]:
@@ -92,8 +100,7 @@ def list_all(
             found, left = read_catalog(beside, "non_persistent_global"), to_publish(beside)
             rows += [*found.entries, *_unpublished(beside, left, found, "non_persistent_global")]
             notes += _of_unpublished(beside, left)
-        for snapshots in snapshots_of(settings):
-            rows.append(_entry(snapshots))
+        rows += snapshot_rows(settings)
         if cfg is None and recorder is None and (directory / SESSION).is_file():
             notes.append(
                 "a run has kept local or in-memory checkpoints, and where those are only its settings say: give them "
@@ -101,7 +108,13 @@ def list_all(
             )
     rows = _with_history(settings, rows)
     rows.sort(key=lambda row: (-1 if row.iteration is None else row.iteration, row.kind != "persistent"))
-    choice = choose(replace(settings, load=str(directory)), thorough=thorough, own_paths=own_paths)
+    # What else is in the directory counts only where there is no checkpoint in it.
+    own = metrics_files(directory) if cfg is None and not catalog.entries else []
+    choice = choose(replace(settings, load=str(directory)), thorough=thorough, own_paths=[*own_paths, *own])
+    if own and choice.outcome == "fresh":
+        files = ", ".join(path.name for path in own)
+        taken = f"{files}: taken for the run's own, as logger.metrics_path; the start of another run fails"
+        choice = replace(choice, notes=(*choice.notes, taken))
     nested = () if rows else _nested(directory)
     names = tuple(unpublished)
     return Listed(
@@ -122,6 +135,11 @@ def _with_history(cfg: CheckpointConfig, rows: Iterable[CatalogEntry]) -> list[C
     return [replace(row, left_behind=is_left(row)) for row in rows]
 
 
+def snapshot_rows(cfg: CheckpointConfig) -> list[CatalogEntry]:
+    """The local and in-memory checkpoints of a run, those of this machine."""
+    return [_entry(found) for found in snapshots_of(cfg)]
+
+
 def best_of(candidates: Iterable[CatalogEntry]) -> CatalogEntry | None:
     """The first of some checkpoints that a run could load, as far as that is cheap to find out.
 
@@ -130,6 +148,8 @@ def best_of(candidates: Iterable[CatalogEntry]) -> CatalogEntry | None:
     for row in candidates:
         if row.kind != "persistent" or row.state not in ("committed", "foreign") or row.left_behind:
             continue
+        if row.url:
+            return row
         try:
             with collected():
                 describe(Source(row.path, row.iteration is None, "it is looked at"))

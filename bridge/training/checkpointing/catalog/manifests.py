@@ -39,6 +39,8 @@ class ManifestHead:
     metrics: dict[str, float]
     start: int = 0
     """Number of the run's start that saved it; 0 where nobody counts."""
+    averaged: tuple[int, ...] = ()
+    """The iterations whose mean it is; none for what a run has saved."""
 
 
 def read_head(checkpoint: Path) -> ManifestHead | None:
@@ -83,6 +85,7 @@ def _head(data: bytes) -> ManifestHead:
         {str(name): str(version) for name, version in _of_type(content, "versions", dict).items()},
         {str(name): _finite(name, value) for name, value in _of_type(metrics, "metrics", dict).items()},
         _of_type({"start": 0} | content, "start", int),
+        _iterations(content.get("averaged", [])),
     )
 
 
@@ -91,6 +94,12 @@ def _of_type(content: dict[str, Any], key: str, kind: type) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"its {key!r} is {repr(value)[:80]}, not of type {kind.__name__}")
     return value
+
+
+def _iterations(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(each) is not int for each in value):
+        raise ValueError(f"its 'averaged' is {str(value)[:40]}, not a list of iterations")
+    return tuple(value)
 
 
 def _finite(name: str, value: Any) -> float:
@@ -112,4 +121,5 @@ def _of_manifest(manifest: Manifest) -> ManifestHead:
         manifest.versions,
         manifest.metrics,
         manifest.start,
+        manifest.averaged,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.training.checkpointing.layout import WRITER
-from bridge.training.checkpointing.ownership import owner_of
+from bridge.training.checkpointing.ownership import last_run_of, owner_of
 
 _FLOCK = "hhqqi"
 """`struct flock` of fcntl(2) on 64-bit Linux: type, whence, start, length, process."""
@@ -50,4 +50,5 @@ def find_owner(directory: Path) -> Owner:
         return Owner(None, owner_of(directory) if os.fstat(descriptor).st_size else "")
     finally:
         os.close(descriptor)
-    return Owner(found[0] != fcntl.F_UNLCK, owner_of(directory))
+    is_alive = found[0] != fcntl.F_UNLCK
+    return Owner(is_alive, owner_of(directory) if is_alive else last_run_of(directory))

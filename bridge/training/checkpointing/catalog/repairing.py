@@ -124,7 +124,7 @@ def repair(directory: Path, *, report: Report | None = None, is_sure: bool = Fal
     """
     _require_directory(directory)
     require_unowned(directory, is_sure=is_sure)
-    new = ownership.claim(directory, "DIR", wait_seconds=0.0)
+    new = ownership.claim(directory, "DIR", wait_seconds=0.0, passing=True)
     try:
         with collected() as messages:
             done, problems = _recovered(directory, messages)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from bridge.training.checkpointing import checksums
 from bridge.training.checkpointing.catalog.entries import trackers_of
+from bridge.training.checkpointing.catalog.origins import require_foreign
 from bridge.training.checkpointing.catalog.payload import payload_problems
 from bridge.training.checkpointing.catalog.warnings import collected
 from bridge.training.checkpointing.errors import (
@@ -24,14 +25,10 @@ from bridge.training.checkpointing.errors import (
 )
 from bridge.training.checkpointing.integrity import FileRecord, Manifest, find_damage, read_manifest
 from bridge.training.checkpointing.layout import (
-    COMPACT_METADATA,
     LEGACY_TRACKER,
-    MANIFEST,
     NON_PERSISTENT_DIRECTORY,
     RELEASE,
-    RUN_CONFIG,
     TRACKER,
-    TRAIN_STATE,
     is_iteration_directory,
     iteration_name,
     list_checkpoints,
@@ -66,6 +63,13 @@ class Verified:
     """Of these files."""
     has_checksums: bool
     """False for a checkpoint of another program: its files are there in full, and that is all that can be said."""
+    url: str = ""
+    """Where it is in object storage; `path` then leads nowhere."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        return self.url or str(self.path)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,13 @@ class Verification:
     """Of the directory itself: of its trackers."""
     to_repair: tuple[Path, ...] = ()
     """The directories whose trackers these are."""
+    url: str = ""
+    """Where this is in object storage; `directory` then leads nowhere."""
+
+    @property
+    def place(self) -> str:
+        """Where this is, for people."""
+        return self.url or str(self.directory)
 
     @property
     def is_sound(self) -> bool:
@@ -222,7 +233,7 @@ def _verify(path: Path, level: Level, reading: _Reading) -> Verified | None:
         require_whole(path, "sizes" if level == "sizes" or manifest is None else "off")
         if manifest is None:
             notes.append("it has no manifest.json, so its files have no checksums to be compared with")
-            _require_foreign(path)
+            require_foreign(path)
             checked, size, problems = payload_problems(path)
         else:
             checked, size = len(manifest.files), manifest.total_bytes
@@ -241,23 +252,6 @@ def _verify(path: Path, level: Level, reading: _Reading) -> Verified | None:
     if is_marked(path) and not problems:
         notes.append("it is marked as damaged, and nothing is wrong with it; repair takes the mark off")
     return Verified(path, not problems, tuple(problems), tuple(notes), checked, size, manifest is not None)
-
-
-def _require_foreign(path: Path) -> None:
-    """Refuse what is not another program's, but what is left of one of ours.
-
-    Raises:
-        CheckpointDamagedError: its other files say so.
-    """
-    if (path / RUN_CONFIG).is_file():
-        return  # it says whose it is
-    if (path / COMPACT_METADATA).exists():
-        raise CheckpointDamagedError(f"{MANIFEST} and {RUN_CONFIG} are missing: {COMPACT_METADATA} is of bridge")
-    if (path / TRAIN_STATE).exists():
-        raise CheckpointDamagedError(
-            f"{RUN_CONFIG} is missing, and so is {MANIFEST} if it is of bridge: no other program that writes "
-            f"{TRAIN_STATE} leaves it out"
-        )
 
 
 def _read_all(path: Path, records: Sequence[FileRecord], reading: _Reading) -> list[str]:

@@ -20,31 +20,29 @@ from bridge.training.checkpointing.conversion.destination import (
     move_trackers,
     tracking,
 )
-from bridge.training.checkpointing.conversion.plan import Part, Piece, PlanError, Tensor, batches_of, divide
-from bridge.training.checkpointing.conversion.stores import FSDP_DTENSOR, TORCH_DIST, Store
+from bridge.training.checkpointing.conversion.plan import Part, Piece, PlanError, batches_of, divide
+from bridge.training.checkpointing.conversion.stores import FSDP_DTENSOR, TORCH_DIST
 from bridge.training.checkpointing.conversion.work import Memory
 from bridge.training.checkpointing.conversion.writers import DcpWriter
 from bridge.training.checkpointing.disk import as_text, available_bytes
 from bridge.training.checkpointing.errors import (
     CheckpointError,
     CheckpointMismatchError,
-    CheckpointNotFoundError,
     CheckpointSaveError,
     NotEnoughSpaceError,
 )
 from bridge.training.checkpointing.export.exporting import (
     DEFAULT_MEMORY,
     Exported,
-    Limits,
     Options,
     Request,
-    limits_of,
     place_of,
     quiet,
     targets_of,
     write_export,
 )
-from bridge.training.checkpointing.export.sources import FROM, MODEL, Opened, Report, open_checkpoint, verify
+from bridge.training.checkpointing.export.mean import Mean
+from bridge.training.checkpointing.export.sources import FROM, MODEL, Opened, Report, verify
 from bridge.training.checkpointing.files import sync_file, write_file
 from bridge.training.checkpointing.formats.registry import format_named
 from bridge.training.checkpointing.integrity import FileRecord, Manifest
@@ -53,16 +51,11 @@ from bridge.training.checkpointing.layout import (
     RUN_CONFIG,
     TOKENIZER_DIRECTORY,
     TRAIN_STATE,
-    is_iteration_directory,
-    list_checkpoints,
+    Listing,
 )
 from bridge.training.checkpointing.safety.containment import contained_file
-from bridge.training.checkpointing.safety.safe_globals import allow
 from bridge.training.checkpointing.sidecar import torch_bytes
-from bridge.training.checkpointing.trackers import read_tracker
 
-_COPIES = 12
-"""Of a piece that are held at once, as it is stored: the sum in fp32, what is read, the mean, what it becomes."""
 _OF_THE_RUN = frozenset({"optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine"})
 """Keys of the common state that belong to one point of the run, and not to the model."""
 
@@ -87,89 +80,6 @@ class Averaged:
     peak_bytes: int
     """The most values and buffers that were held at once."""
     seconds: float
-
-
-class AveragedStore:
-    """Several checkpoints of a model as one: its tensors are their mean. A `Store` without objects."""
-
-    def __init__(self, stores: Sequence[Store], tensors: dict[str, Tensor]) -> None:
-        """
-        Args:
-            stores: all with these tensors.
-            tensors: by key.
-        """
-        self._stores = tuple(stores)
-        self.tensors = tensors
-        self.objects: dict[str, int] = {}
-
-    def read(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
-        """As `Store`: sums are taken in fp32, or in the stored type if it is wider, in the order of the stores.
-
-        Raises:
-            CheckpointMismatchError: values that have no mean differ.
-        """
-        sums = [_summand(value) for value in self._stores[0].read(pieces)]
-        for store in self._stores[1:]:
-            values = store.read(pieces)
-            for position, piece in enumerate(pieces):
-                _add(sums[position], values[position], piece.tensor.key)
-            values.clear()
-        count = len(self._stores)
-        return [
-            (value.div_(count) if value.is_floating_point() else value).to(piece.tensor.torch_dtype)
-            for value, piece in zip(sums, pieces, strict=True)
-        ]
-
-    def read_objects(self, keys: Sequence[str]) -> dict[str, Any]:
-        """As `Store`; there are none."""
-        raise KeyError(*keys)
-
-
-def _summand(value: torch.Tensor) -> torch.Tensor:
-    return value.to(torch.float32) if value.is_floating_point() and value.dtype != torch.float64 else value
-
-
-def _add(total: torch.Tensor, value: torch.Tensor, key: str) -> None:
-    if total.is_floating_point():
-        total.add_(value.to(total.dtype) if value.itemsize == 1 else value)
-    elif not torch.equal(total, value):
-        raise CheckpointMismatchError(
-            f"{FROM}: {key} is of the type {str(value.dtype).removeprefix('torch.')}, which has no mean, and differs "
-            "between the iterations"
-        )
-
-
-def iterations_of(source: Path, steps: Sequence[int], last: int | None) -> list[int]:
-    """The iterations to take the mean of, in ascending order.
-
-    Args:
-        source: a directory of checkpoints.
-        steps: those that are named.
-        last: or this many of the newest; none beyond the tracked one.
-
-    Raises:
-        CheckpointNotFoundError: there are not that many.
-        CheckpointMismatchError: it is not clear which, or there are less than two.
-    """
-    if is_iteration_directory(source):
-        raise CheckpointMismatchError(f"{FROM}: {source} is one checkpoint; name the directory of checkpoints")
-    if not source.exists():
-        raise CheckpointNotFoundError(f"{FROM}: {source} does not exist")
-    if bool(steps) == (last is not None):
-        raise CheckpointMismatchError("name the iterations with --step, or say with --last how many; one of them")
-    if last is None:
-        chosen = sorted(set(steps))
-    else:
-        listing = list_checkpoints(source)
-        tracked = read_tracker(listing)
-        newest = tracked.iteration if tracked is not None and not tracked.release else None
-        there = sorted(each for each in listing.iterations if newest is None or each <= newest)
-        if last > len(there):
-            raise CheckpointNotFoundError(f"--last is {last}, and {source} has {len(there)} checkpoints")
-        chosen = there[len(there) - max(0, last) :]
-    if len(chosen) < 2:
-        raise CheckpointMismatchError("a mean is taken of two iterations or more; name others, or more of them")
-    return chosen
 
 
 def average(
@@ -210,34 +120,16 @@ def average(
         CheckpointSaveError: the checkpoint cannot be written. Nothing was published.
     """
     started = time.monotonic()
-    mean = _Mean.open(source, steps, last, memory, safe_globals)
-    newest = mean.newest
-    if newest.format == FSDP_DTENSOR or newest.manifest is None:
-        what = "is in the format 'fsdp_dtensor'" if newest.manifest is not None else "has no manifest"
-        raise CheckpointMismatchError(
-            f"{FROM}: {newest.path} {what}, so the mean cannot be published as a checkpoint; export it with --format "
-            "safetensors"
-        )
-    listing = check_destination(destination, newest.path, newest.iteration, "averaged")
-    if newest.iteration in listing.iterations and not force:
-        raise CheckpointSaveError(
-            f"DST: {destination} has a checkpoint of iteration {newest.iteration}; give --force to replace it, or name "
-            "another directory"
-        )
-    needed = sum(tensor.nbytes for tensor in mean.store.tensors.values())
-    available = available_bytes(destination)
-    if available is not None and needed > available:
-        raise NotEnoughSpaceError(
-            f"DST: {as_text(needed)} are needed in {destination} and {as_text(available)} are available; free space "
-            "there, or name another directory"
-        )
+    mean = Mean.open(source, steps, last, memory, safe_globals)
+    manifest = _publishable(mean)
+    listing = _checked(mean, destination, force=force)
     verified = verify_source and verify(mean.sources, report or quiet)
     new = claim(destination)
     try:
-        moves, trackers = tracking(listing, newest.iteration)
-        path, manifest, peak = _publish(mean, newest.manifest, destination, report or quiet)
+        moves, trackers = tracking(listing, mean.newest.iteration)
+        path, written, peak = _publish(mean, manifest, destination, report or quiet)
         if moves:
-            trackers = move_trackers(destination, newest.iteration, path, listing)
+            trackers = move_trackers(destination, mean.newest.iteration, path, listing)
     except CheckpointError:
         raise
     except OSError as error:
@@ -247,16 +139,55 @@ def average(
             ownership.give_up(destination)
     return Averaged(
         path,
-        newest.iteration,
-        manifest.averaged,
+        written.iteration,
+        written.averaged,
         len(mean.store.tensors),
-        manifest.total_bytes,
+        written.total_bytes,
         moves,
         trackers,
         verified,
         peak,
         time.monotonic() - started,
     )
+
+
+def _publishable(mean: Mean) -> Manifest:
+    """The manifest of the newest checkpoint, by which that of the mean is made.
+
+    Raises:
+        CheckpointMismatchError: it has none, or a format in which a mean cannot be published.
+    """
+    newest = mean.newest
+    if newest.format != FSDP_DTENSOR and newest.manifest is not None:
+        return newest.manifest
+    what = "is in the format 'fsdp_dtensor'" if newest.manifest is not None else "has no manifest"
+    raise CheckpointMismatchError(
+        f"{FROM}: {newest.path} {what}, so the mean cannot be published as a checkpoint; export it with --format "
+        "safetensors"
+    )
+
+
+def _checked(mean: Mean, destination: Path, *, force: bool) -> Listing:
+    """What the destination holds, if the mean may be put there and has room.
+
+    Raises:
+        CheckpointError: as `average`.
+    """
+    iteration = mean.newest.iteration
+    listing = check_destination(destination, mean.newest.path, iteration, "averaged")
+    if iteration in listing.iterations and not force:
+        raise CheckpointSaveError(
+            f"DST: {destination} has a checkpoint of iteration {iteration}; give --force to replace it, or name "
+            "another directory"
+        )
+    needed = sum(tensor.nbytes for tensor in mean.store.tensors.values())
+    available = available_bytes(destination)
+    if available is not None and needed > available:
+        raise NotEnoughSpaceError(
+            f"DST: {as_text(needed)} are needed in {destination} and {as_text(available)} are available; free space "
+            "there, or name another directory"
+        )
+    return listing
 
 
 def export_average(
@@ -280,7 +211,7 @@ def export_average(
     """
     started = time.monotonic()
     options = options or Options()
-    mean = _Mean.open(source, steps, last, memory, safe_globals)
+    mean = Mean.open(source, steps, last, memory, safe_globals)
     destination = place_of(destination, mean.sources, options)
     targets, config = targets_of(mean.store, mean.newest, options)
     verified = verify_source and verify(mean.sources, report or quiet)
@@ -288,57 +219,7 @@ def export_average(
     return write_export(request, report or quiet, verified, started)
 
 
-@dataclass(frozen=True)
-class _Mean:
-    """Checkpoints that hold the same tensors, open."""
-
-    sources: tuple[Opened, ...]
-    """In the order of their iterations."""
-    store: AveragedStore
-    limits: Limits
-
-    @property
-    def newest(self) -> Opened:
-        return self.sources[-1]
-
-    @classmethod
-    def open(
-        cls, source: Path, steps: Sequence[int], last: int | None, memory: int, safe_globals: Sequence[str]
-    ) -> _Mean:
-        allow(list(safe_globals))
-        iterations = iterations_of(source, steps, last)
-        limits = limits_of(memory, len(iterations), _COPIES)
-        sources = tuple(open_checkpoint(source, step, limits.reader) for step in iterations)
-        tensors = [_of_model(each) for each in sources]
-        for each, found in zip(sources[:-1], tensors[:-1], strict=True):
-            _require_same(each, found, sources[-1], tensors[-1])
-        return cls(sources, AveragedStore([each.store for each in sources], tensors[-1]), limits)
-
-
-def _of_model(opened: Opened) -> dict[str, Tensor]:
-    found = {key: tensor for key, tensor in opened.store.tensors.items() if part_of(key) == MODEL}
-    if not found:
-        raise CheckpointMismatchError(f"{FROM}: {opened.path} holds no tensors of a model")
-    return found
-
-
-def _require_same(first: Opened, found: dict[str, Tensor], second: Opened, wanted: dict[str, Tensor]) -> None:
-    """Check that two checkpoints hold the same tensors, however they are stored."""
-    problems = [f"only {first.path.name} has {key}" for key in sorted(found.keys() - wanted.keys())]
-    problems += [f"only {second.path.name} has {key}" for key in sorted(wanted.keys() - found.keys())]
-    for key in sorted(found.keys() & wanted.keys()):
-        one, other = found[key], wanted[key]
-        if (one.shape, one.dtype) != (other.shape, other.dtype):
-            problems.append(
-                f"{key} is {one.dtype} {list(one.shape)} in {first.path.name} and {other.dtype} {list(other.shape)} in "
-                f"{second.path.name}"
-            )
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointMismatchError(f"{FROM}: a mean needs the same tensors: {'; '.join(problems[:5])}{more}")
-
-
-def _publish(mean: _Mean, source: Manifest, destination: Path, report: Report) -> tuple[Path, Manifest, int]:
+def _publish(mean: Mean, source: Manifest, destination: Path, report: Report) -> tuple[Path, Manifest, int]:
     """Write everything and rename it; return the path, the manifest, and the most bytes held."""
     newest = mean.newest
     objects = [(key, size) for key, size in newest.store.objects.items() if part_of(key) == MODEL]
@@ -372,7 +253,7 @@ def _publish(mean: _Mean, source: Manifest, destination: Path, report: Report) -
 class _Writing:
     """Reads parts of a mean, no more at once than memory allows."""
 
-    def __init__(self, mean: _Mean, report: Report, total: int) -> None:
+    def __init__(self, mean: Mean, report: Report, total: int) -> None:
         self._mean, self._report, self._total = mean, report, total
         self._done = 0
         self.memory = Memory(mean.limits.total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -36,6 +36,8 @@ from bridge.training.checkpointing.export.plan import (
 )
 from bridge.training.checkpointing.export.publishing import published, require_free
 from bridge.training.checkpointing.export.sources import Opened, Report, model_tensors, open_checkpoint, verify
+from bridge.training.checkpointing.export.tokenizer_files import NAMES as TOKENIZER_NAMES
+from bridge.training.checkpointing.export.tokenizer_files import tokenizer_files
 from bridge.training.checkpointing.files import write_file
 from bridge.training.checkpointing.safety.safe_globals import allow
 
@@ -250,7 +252,9 @@ def write_export(request: Request, report: Report, verified: bool, started: floa
     total = sum(each.nbytes for each in request.targets)
     _require_room(destination, total)
     files = files_of(request.targets, request.options.shard_bytes)
-    headers = {name: safetensors_file.header_of(group, _metadata(request.sources)) for name, group in files.items()}
+    beside = tokenizer_files(request.sources[-1]) if request.options.hf_layout else {}
+    metadata = _metadata(request.sources, beside)
+    headers = {name: safetensors_file.header_of(group, metadata) for name, group in files.items()}
     values = _Values(request.store, request.limits, report, total)
     try:
         with published(destination, force=request.options.force) as directory:
@@ -258,8 +262,7 @@ def write_export(request: Request, report: Report, verified: bool, started: floa
                 name: safetensors_file.write(directory / name, headers[name], values.of(group))
                 for name, group in files.items()
             }
-            for name, content in _described(files, total, config).items():
-                data = (json.dumps(content, indent=2) + "\n").encode()
+            for name, data in {**beside, **_described(files, total, config)}.items():
                 write_file(directory / name, data)
                 sizes[name] = len(data)
     except CheckpointError:
@@ -288,20 +291,21 @@ def _require_room(destination: Path, needed: int) -> None:
         )
 
 
-def _metadata(sources: Sequence[Opened]) -> dict[str, str]:
+def _metadata(sources: Sequence[Opened], beside: Collection[str]) -> dict[str, str]:
     """What each file says about itself; transformers wants to know that the values are torch's."""
-    return {"format": "pt", "iterations": json.dumps([each.iteration for each in sources])}
+    found = {"format": "pt", "iterations": json.dumps([each.iteration for each in sources])}
+    return {**found, TOKENIZER_NAMES: json.dumps(sorted(beside))} if beside else found
 
 
-def _described(files: dict[str, list[Target]], total: int, config: dict[str, Any] | None) -> dict[str, Any]:
-    """The files beside the values, by name."""
+def _described(files: dict[str, list[Target]], total: int, config: dict[str, Any] | None) -> dict[str, bytes]:
+    """The files that describe the values, by name."""
     found: dict[str, Any] = {}
     if len(files) > 1:
         weights = {each.name: name for name, group in files.items() for each in group}
         found[INDEX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
     if config is not None:
         found[CONFIG] = config
-    return found
+    return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in found.items()}
 
 
 class _Values:

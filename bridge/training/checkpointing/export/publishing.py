@@ -6,12 +6,13 @@ import errno
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bridge.training.checkpointing.errors import CheckpointSaveError, DirectoryInUseError
 from bridge.training.checkpointing.export.plan import CONFIG, INDEX
+from bridge.training.checkpointing.export.tokenizer_files import names_beside
 from bridge.training.checkpointing.files import delete_trash, discard, exchange, make_directory, sync_directory
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ def require_free(destination: Path, *, force: bool) -> None:
         raise CheckpointSaveError(f"DST: {destination} exists; give --force to replace it, or name another directory")
     if not destination.is_dir():
         raise CheckpointSaveError(f"DST: {destination} is not a directory")
-    foreign = sorted(each.name for each in destination.iterdir() if not _is_of_export(each))
+    beside = names_beside(destination)
+    foreign = sorted(each.name for each in destination.iterdir() if not _is_of_export(each, beside))
     if foreign:
         raise CheckpointSaveError(
             f"DST: {destination} holds what no export has written ({', '.join(foreign[:5])}), and would be deleted "
@@ -39,8 +41,8 @@ def require_free(destination: Path, *, force: bool) -> None:
         )
 
 
-def _is_of_export(path: Path) -> bool:
-    return path.is_file() and (path.suffix == ".safetensors" or path.name in (INDEX, CONFIG))
+def _is_of_export(path: Path, beside: Collection[str]) -> bool:
+    return path.is_file() and (path.suffix == ".safetensors" or path.name in (INDEX, CONFIG, *beside))
 
 
 @contextmanager
