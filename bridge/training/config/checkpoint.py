@@ -43,7 +43,8 @@ class CheckpointConfig:
 
     async_when_busy: Literal["wait", "skip"] = "wait"
     """What becomes of a save that is due while the one before is still being written: `wait` lets training wait for
-    it, `skip` leaves the new one out, with a warning. The last save of a run always waits."""
+    it, `skip` leaves the new one out, with a warning. The last save of a run always waits, and so does one that a
+    signal or the file `SAVE_NOW` asks for. A persistent save is never left out because of a non-persistent one."""
 
     on_save_failure: Literal["raise", "warn"] = "raise"
     """What follows a failed save: `raise` ends the run with the error, `warn` logs it and lets training go on."""
@@ -226,7 +227,7 @@ class CheckpointConfig:
     """Requests to object storage at the same time; each has up to 32 MiB in memory."""
 
     upload_wait_minutes: float = 30.0
-    """Minutes that the planned end of a run waits for uploads under way."""
+    """Minutes that the planned end of a run waits for uploads under way; below `wait_timeout_minutes`."""
 
     custom_manager_class: str | None = None
     """Dotted path of a class that implements the `CheckpointManager` protocol; None is the built-in one."""

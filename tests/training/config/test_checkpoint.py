@@ -320,6 +320,14 @@ RULES: list[tuple[dict[str, Any], list[str]]] = [
             "directory, or mirror to null",
         ],
     ),
+    ({"upload_wait_minutes": 30.0, "wait_timeout_minutes": 20.0}, []),
+    (
+        {"save": "c", "mirror": "s3://bucket/runs", "wait_timeout_minutes": 30.0},
+        [
+            "checkpoint.upload_wait_minutes: 30.0 is not below checkpoint.wait_timeout_minutes (30.0), so the other "
+            "ranks would take rank 0 for lost while it waits for uploads; set it to less, or that to more",
+        ],
+    ),
     ({"custom_manager_class": "mypackage.checkpoint.MyCheckpointManager"}, []),
     *(
         (
