@@ -83,6 +83,7 @@ def make_checkpoint(save_dir: Path, size: int) -> None:
     from bridge.training.checkpointing.agreement import Ranks
     from bridge.training.checkpointing.files import write_file
     from bridge.training.checkpointing.formats import torch_dist
+    from bridge.training.checkpointing.formats.options import SaveOptions
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     directory = save_dir / f"iter_{ITERATION:07d}"
@@ -92,7 +93,7 @@ def make_checkpoint(save_dir: Path, size: int) -> None:
         str(number): ShardedTensor.from_rank_offsets(f"tensor{number}", torch.randn(max(1, length // 4096), 1024))
         for number, length in enumerate(lengths)
     }
-    payload, _ = torch_dist.plan_save({**state, "iteration": ITERATION}, directory, {}, Ranks.current())
+    payload, _ = torch_dist.plan_save({**state, "iteration": ITERATION}, directory, {}, Ranks.current(), SaveOptions())
     _, results = payload.write("xxh3")
     for sidecar in payload.sidecars:
         write_file(directory / sidecar.name, sidecar.data)

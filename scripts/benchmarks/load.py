@@ -73,8 +73,10 @@ def _ways(directory: Path, count: int, size: int) -> dict[str, Callable[[], obje
 
     from bridge.training.checkpointing.agreement import Ranks
     from bridge.training.checkpointing.formats import torch_dist
+    from bridge.training.checkpointing.formats.options import LoadOptions
     from bridge.training.checkpointing.io import DirectReader, TorchDistLoadStrategy, TorchDistSaveStrategy
 
+    options = LoadOptions(strictness="assume_ok_unexpected")
     columns = max(1, size // 4 // 16) // 8 * 8 or 8
     names = [f"layers.{number}.weight" for number in range(count)]
     tensors = {name: torch.rand(16, columns) for name in names}
@@ -111,8 +113,8 @@ def _ways(directory: Path, count: int, size: int) -> dict[str, Callable[[], obje
         "dcp direct": lambda: dcp.load(tensors, storage_reader=DirectReader(plain), no_dist=True),
         "megatron": lambda: megatron(wanted, None),
         "direct": lambda: megatron(wanted, TorchDistLoadStrategy()),
-        "manager": lambda: torch_dist.load(wanted, mcore, ranks, strictness="assume_ok_unexpected"),
-        "own": lambda: torch_dist.load(wanted, own, ranks, strictness="assume_ok_unexpected"),
+        "manager": lambda: torch_dist.load(wanted, mcore, ranks, options),
+        "own": lambda: torch_dist.load(wanted, own, ranks, options),
     }
     if size >= 1 << 20:
         # One rank alone asks for a part, which does not cover the tensor.

@@ -116,19 +116,14 @@ def _state(tensors: int, rank: int, ranks: int) -> dict[str, Any]:
 
 def _ours(directory: Path, group: Any, *, reuse: bool) -> Callable[[dict[str, Any]], None]:
     from bridge.training.checkpointing.agreement import Ranks
+    from bridge.training.checkpointing.formats.options import SaveOptions
     from bridge.training.checkpointing.formats.torch_dist import plan_save
 
     kept: list[Any] = [None]
 
     def plan(state: dict[str, Any]) -> None:
-        _, kept[0] = plan_save(
-            state,
-            directory,
-            {},
-            Ranks.current(),
-            strategy=kept[0] if reuse else None,
-            parallelization_group=group,
-        )
+        options = SaveOptions(strategy=kept[0] if reuse else None, parallelization_group=group)
+        _, kept[0] = plan_save(state, directory, {}, Ranks.current(), options)
 
     return plan
 

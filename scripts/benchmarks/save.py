@@ -211,9 +211,11 @@ class _Ways:
     def _manager(self) -> None:
         from bridge.training.checkpointing.agreement import Ranks
         from bridge.training.checkpointing.formats import torch_dist
+        from bridge.training.checkpointing.formats.options import SaveOptions
 
         place = self._new()
-        write, self._planning = torch_dist.plan_save(self._state(), place, {}, Ranks.current(), strategy=self._planning)
+        options = SaveOptions(strategy=self._planning)
+        write, self._planning = torch_dist.plan_save(self._state(), place, {}, Ranks.current(), options)
         write.finish([write.write("xxh3")[1]])
 
     def _dcp_async(self) -> float:
@@ -241,10 +243,12 @@ class _Ways:
     def _manager_async(self) -> float:
         from bridge.training.checkpointing.agreement import Ranks
         from bridge.training.checkpointing.formats import torch_dist
+        from bridge.training.checkpointing.formats.options import SaveOptions
         from bridge.training.checkpointing.io.background_writer import Files, Patience
 
         undisturbed, begun, place = self._step(), time.perf_counter(), self._new()
-        write, self._planning = torch_dist.plan_save(self._state(), place, {}, Ranks.current(), strategy=self._planning)
+        options = SaveOptions(strategy=self._planning)
+        write, self._planning = torch_dist.plan_save(self._state(), place, {}, Ranks.current(), options)
         files = Files(write.direct.images if write.direct else [], [], place, "xxh3")
         writing = self._writer.write(files, "the writer", Patience(), lambda records, seconds: records)
         if writing is None or write.direct is None:

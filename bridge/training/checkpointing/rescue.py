@@ -37,6 +37,7 @@ from bridge.training.checkpointing.errors import (
 from bridge.training.checkpointing.events.kinds import CheckpointRescued
 from bridge.training.checkpointing.events.recording import record_alone
 from bridge.training.checkpointing.formats import torch_dist
+from bridge.training.checkpointing.formats.options import SaveOptions
 from bridge.training.checkpointing.layout import iteration_name, list_checkpoints
 from bridge.training.checkpointing.marks import is_marked
 from bridge.training.checkpointing.parallel import Layout
@@ -294,7 +295,7 @@ def _publish(states: Sequence[_Described], save_dir: Path, ranks: Ranks, started
             first.common.get(CONTENT_METADATA) or {},
             ranks,
             # As many files and writers as the run would have had here.
-            writers_per_rank=min(record.world_size, os.cpu_count() or 1),
+            SaveOptions(writers_per_rank=min(record.world_size, os.cpu_count() or 1)),
         )
         save = Save(
             SaveTarget(save_dir, record.iteration),

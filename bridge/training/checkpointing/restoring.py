@@ -28,6 +28,7 @@ from bridge.training.checkpointing.contents.state_dict import RNG, generate_stat
 from bridge.training.checkpointing.contents.version import set_checkpoint_version
 from bridge.training.checkpointing.contents.vocabulary import vocabulary_size
 from bridge.training.checkpointing.events.recording import Phases, record_load
+from bridge.training.checkpointing.formats.options import LoadOptions
 from bridge.training.checkpointing.formats.read_choice import sharing_group
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.plans.adapters import adapters_of_run, other_base, require_adapters
@@ -178,11 +179,13 @@ def _read_and_apply(
         loaded = stored.load(
             template,
             ranks,
-            strictness=_strictness(cfg) if sharded else cfg.dist_ckpt_strictness,
-            parallelization_group=sharing_group(cfg.fully_parallel_load, live.groups.dp_cp),
-            # Ranks that take over one another's random states do not cover the saved object one to one.
-            validate_access=not plan.reseed_rng,
-            io_backend=cfg.io_backend,
+            LoadOptions(
+                strictness=_strictness(cfg) if sharded else cfg.dist_ckpt_strictness,
+                parallelization_group=sharing_group(cfg.fully_parallel_load, live.groups.dp_cp),
+                # Ranks that take over one another's random states do not cover the saved object one to one.
+                validate_access=not plan.reseed_rng,
+                io_backend=cfg.io_backend,
+            ),
         )
     phases.end("reading")
 

@@ -21,6 +21,7 @@ from bridge.training.checkpointing.failed_steps import step
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.formats import Format
+from bridge.training.checkpointing.formats.options import SaveOptions
 from bridge.training.checkpointing.formats.planning import SavePlanning
 from bridge.training.checkpointing.formats.registry import format_named
 from bridge.training.checkpointing.io.background_writer import BACKGROUND_WRITER, BackgroundWriter
@@ -119,12 +120,14 @@ def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
             staging,
             captured.metadata,
             ranks,
-            strategy=job.context.get(SAVE_STRATEGY) or _first_planning(job.live.state),
-            writers_per_rank=cfg.storage_writers_per_rank,
-            parallelization_group=groups.dp_cp if cfg.fully_parallel_save else None,
-            preprocess_common=job.preprocess_common,
-            assume_constant_structure=cfg.ckpt_assume_constant_structure,
-            io_backend=cfg.io_backend,
+            SaveOptions(
+                strategy=job.context.get(SAVE_STRATEGY) or _first_planning(job.live.state),
+                writers_per_rank=cfg.storage_writers_per_rank,
+                parallelization_group=groups.dp_cp if cfg.fully_parallel_save else None,
+                preprocess_common=job.preprocess_common,
+                assume_constant_structure=cfg.ckpt_assume_constant_structure,
+                io_backend=cfg.io_backend,
+            ),
         )
         metrics = numbers_among(job.live.state.metrics)
         return Save(

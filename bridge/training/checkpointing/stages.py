@@ -20,6 +20,7 @@ from bridge.training.checkpointing.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
 )
+from bridge.training.checkpointing.formats.options import LoadOptions
 from bridge.training.checkpointing.formats.read_choice import sharing_group
 from bridge.training.checkpointing.formats.registry import format_named
 from bridge.training.checkpointing.integrity import Level
@@ -160,14 +161,12 @@ def load_global_dist_base_checkpoint(
     ranks = Ranks.current()
     level: Level = getattr(ckpt_cfg, "integrity", "sizes")
     verify(path, ranks.first("examining the checkpoint", lambda: examine(path, level)[1]), ranks)
-    loaded = format_on_all_ranks(path, ranks).load(
-        sharded_state_dict,
-        path,
-        ranks,
+    options = LoadOptions(
         strictness=ckpt_cfg.dist_ckpt_strictness,
         parallelization_group=sharing_group(ckpt_cfg.fully_parallel_load, pg_collection.dp_cp),
         io_backend=getattr(ckpt_cfg, "io_backend", "direct"),
     )
+    loaded = format_on_all_ranks(path, ranks).load(sharded_state_dict, path, ranks, options)
     return loaded.state_dict, str(path), release, CheckpointType.GLOBAL
 
 
@@ -292,13 +291,8 @@ def _load_snapshot(
         return stored.common(), place, False, CheckpointType.LOCAL
     if sharded_state_dict is None:
         raise CheckpointMismatchError("loading the sharded part needs sharded_state_dict, a template of what to load")
-    loaded = stored.load(
-        sharded_state_dict,
-        ranks,
-        strictness=ckpt_cfg.dist_ckpt_strictness,
-        parallelization_group=groups.dp_cp,
-        validate_access=True,
-    )
+    options = LoadOptions(ckpt_cfg.dist_ckpt_strictness, groups.dp_cp)
+    loaded = stored.load(sharded_state_dict, ranks, options)
     return loaded.state_dict, place, False, CheckpointType.LOCAL
 
 
@@ -353,13 +347,8 @@ def load_model_weights_from_checkpoint(
     template = ranks.run(
         "preparing the state to load", lambda: generate_model_state_dict(model, {"metadata": metadata})
     )
-    loaded = format_on_all_ranks(path, ranks).load(
-        template,
-        path,
-        ranks,
-        strictness=dist_ckpt_strictness,
-        parallelization_group=sharing_group(fully_parallel_load, groups.dp_cp),
-    )
+    options = LoadOptions(dist_ckpt_strictness, sharing_group(fully_parallel_load, groups.dp_cp))
+    loaded = format_on_all_ranks(path, ranks).load(template, path, ranks, options)
     sections = delete_extra_state({name: loaded.state_dict[name] for name in template if name in loaded.state_dict})
     if return_state_dict:
         if loaded.unexpected is None:

@@ -11,8 +11,8 @@ from bridge.training.checkpointing.contents.dataloader import DataloaderState, r
 from bridge.training.checkpointing.contents.train_state import read_train_state
 from bridge.training.checkpointing.detection import format_on_all_ranks
 from bridge.training.checkpointing.formats import Loaded
+from bridge.training.checkpointing.formats.options import LoadOptions
 from bridge.training.checkpointing.integrity import Level
-from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import TRAIN_STATE
 from bridge.training.checkpointing.plans.load_plan import Saved
 from bridge.training.checkpointing.resolve import Source
@@ -34,16 +34,7 @@ class StoredCheckpoint(Protocol):
             CheckpointError: it is damaged, or this run cannot read it. Every rank raises.
         """
 
-    def load(
-        self,
-        template: dict[str, Any],
-        ranks: Ranks,
-        *,
-        strictness: str,
-        parallelization_group: Any | None,
-        validate_access: bool,
-        io_backend: IoBackend = "direct",
-    ) -> Loaded:
+    def load(self, template: dict[str, Any], ranks: Ranks, options: LoadOptions) -> Loaded:
         """Read the parts that `template` asks for. Collective; the arguments are those of `formats.Load`."""
 
     def train_state(self) -> Mapping[str, Any]:
@@ -67,26 +58,9 @@ class DirectoryCheckpoint:
         verify(self.source.path, unverified, ranks)
         return saved
 
-    def load(
-        self,
-        template: dict[str, Any],
-        ranks: Ranks,
-        *,
-        strictness: str,
-        parallelization_group: Any | None,
-        validate_access: bool,
-        io_backend: IoBackend = "direct",
-    ) -> Loaded:
+    def load(self, template: dict[str, Any], ranks: Ranks, options: LoadOptions) -> Loaded:
         """Read shards by the checkpoint's format."""
-        return format_on_all_ranks(self.source.path, ranks).load(
-            template,
-            self.source.path,
-            ranks,
-            strictness=strictness,
-            parallelization_group=parallelization_group,
-            validate_access=validate_access,
-            io_backend=io_backend,
-        )
+        return format_on_all_ranks(self.source.path, ranks).load(template, self.source.path, ranks, options)
 
     def train_state(self) -> Mapping[str, Any]:
         """From `train_state.pt`."""

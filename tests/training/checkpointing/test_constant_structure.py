@@ -27,6 +27,7 @@ from bridge.training.callbacks import CallbackContext, CallbackManager
 from bridge.training.checkpointing import CheckpointError, save_checkpoint
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.files import write_file
+from bridge.training.checkpointing.formats.options import SaveOptions
 from bridge.training.checkpointing.formats.planning import SavePlanning
 from bridge.training.checkpointing.formats.structure import Structure, Vote, decide
 from bridge.training.checkpointing.formats.torch_dist import plan_save
@@ -160,16 +161,8 @@ def save(
     """Plan and write one checkpoint, as save_checkpoint does, without its sidecars and its commit."""
     ranks = Ranks.current()
     ranks.first("making the directory", lambda: directory.mkdir(parents=True))
-    payload, planning = plan_save(
-        state,
-        directory,
-        {},
-        ranks,
-        strategy=planning,
-        writers_per_rank=writers,
-        parallelization_group=group,
-        assume_constant_structure=True,
-    )
+    options = SaveOptions(planning, writers, group, assume_constant_structure=True)
+    payload, planning = plan_save(state, directory, {}, ranks, options)
     _, results = ranks.run("writing", payload.write)
     all_results = ranks.gather_first("collecting", results)
     ranks.first("finishing", lambda: payload.finish(all_results or []))

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.formats.apart import State
+from bridge.training.checkpointing.formats.options import LoadOptions, SaveOptions
 from bridge.training.checkpointing.integrity import FileRecord
-from bridge.training.checkpointing.io.elsewhere import Shards
-from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.sidecar import Sidecar
 
 if TYPE_CHECKING:
@@ -65,18 +64,7 @@ class PlanSave(Protocol):
     """Plans a save. Collective."""
 
     def __call__(
-        self,
-        state_dict: State,
-        directory: Path,
-        content_metadata: dict[str, Any],
-        ranks: Ranks,
-        *,
-        strategy: Any | None = None,
-        writers_per_rank: int = 1,
-        parallelization_group: Any | None = None,
-        preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-        assume_constant_structure: bool = False,
-        io_backend: IoBackend = "direct",
+        self, state_dict: State, directory: Path, content_metadata: dict[str, Any], ranks: Ranks, options: SaveOptions
     ) -> tuple[PayloadWrite, Any]:
         """Plan a save of `state_dict` into `directory` and write nothing that a later failure could leave behind.
 
@@ -85,15 +73,10 @@ class PlanSave(Protocol):
             directory: an existing directory that only this save uses.
             content_metadata: what `read_common` is to return under that key.
             ranks: all ranks.
-            strategy: the second value returned by an earlier call, of the same format.
-            writers_per_rank: files that each rank writes at the same time, where the format has a choice.
-            parallelization_group: replicas within this group share the writing; None: the main replica writes.
-            preprocess_common: as megatron-core's `preprocess_common_before_consistancy_check`.
-            assume_constant_structure: the plan may be kept for the next save, where the format keeps plans.
-            io_backend: who writes the files, where the format has a choice.
+            options: how.
 
         Returns:
-            The planned write, and what to pass as `strategy` to the next call.
+            The planned write, and the `strategy` of the next save's options.
 
         Raises:
             CheckpointSaveError: the shards cannot be saved. Every rank raises.
@@ -103,59 +86,17 @@ class PlanSave(Protocol):
 class Load(Protocol):
     """Loads from a checkpoint. Collective."""
 
-    def __call__(
-        self,
-        template: dict[str, Any],
-        directory: Path,
-        ranks: Ranks,
-        *,
-        strictness: str,
-        parallelization_group: Any | None = None,
-        validate_access: bool = True,
-        io_backend: IoBackend = "direct",
-    ) -> Loaded:
+    def __call__(self, template: dict[str, Any], directory: Path, ranks: Ranks, options: LoadOptions) -> Loaded:
         """Load the parts of a checkpoint that `template` asks for.
 
         Args:
             template: sharded state dict of this rank.
             directory: the checkpoint.
             ranks: all ranks.
-            strictness: one of megatron-core's `StrictHandling` values.
-            parallelization_group: each rank of this group reads a share and they exchange; None: everybody reads.
-            validate_access: check that the ranks' requests cover every requested tensor exactly once.
-            io_backend: who reads the files, where the format has a choice.
+            options: how.
 
         Raises:
             CheckpointError: it is damaged, or does not fit. Every rank raises.
-        """
-
-
-class LoadFrom(Protocol):
-    """Loads from a checkpoint whose shards are elsewhere. Collective."""
-
-    def __call__(
-        self,
-        template: dict[str, Any],
-        directory: Path,
-        ranks: Ranks,
-        *,
-        strictness: str,
-        parallelization_group: Any | None = None,
-        validate_access: bool = True,
-        io_backend: IoBackend = "direct",
-        shards: Shards | None = None,
-    ) -> Loaded:
-        """As `Load`.
-
-        Args:
-            template: as there.
-            directory: the checkpoint, without shards.
-            ranks: all ranks.
-            strictness: as there.
-            parallelization_group: as there.
-            validate_access: as there.
-            io_backend: as there.
-            shards: the others.
         """
 
 
@@ -173,5 +114,5 @@ class Format:
     """Names of the files that every whole checkpoint of the format has."""
     is_shard: Callable[[str], bool]
     """Whether a file, by its path inside the checkpoint, holds values: as a rule too large to read it only to check."""
-    load_from: LoadFrom | None = None
-    """As `load`, where the shards are not in the directory; None where the format cannot do without them there."""
+    reads_elsewhere: bool = False
+    """Whether it can read shards that are not in the checkpoint's directory."""

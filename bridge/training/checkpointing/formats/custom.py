@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,12 @@ from bridge.training.checkpointing.errors import CheckpointMismatchError, Checkp
 from bridge.training.checkpointing.formats import Format, PayloadWrite, PlanSave
 from bridge.training.checkpointing.formats.apart import State
 from bridge.training.checkpointing.formats.objects import object_sidecar
+from bridge.training.checkpointing.formats.options import SaveOptions
 from bridge.training.checkpointing.formats.planning import SavePlanning
 from bridge.training.checkpointing.formats.prepared import prepare, share_out
 from bridge.training.checkpointing.formats.strategies import Backend, has_load_strategy, save_strategy, write_backend
 from bridge.training.checkpointing.formats.torch_dist import load, read_common
 from bridge.training.checkpointing.integrity import FileRecord
-from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import COMMON, MCORE_METADATA, RUN_CONFIG, TRAIN_STATE
 from bridge.training.checkpointing.sidecar import Sidecar
 
@@ -92,32 +92,17 @@ def _plan_save(
     directory: Path,
     content_metadata: dict[str, Any],
     ranks: Ranks,
+    options: SaveOptions,
     *,
     of: SaveShardedStrategy,
-    strategy: SavePlanning | None = None,
-    writers_per_rank: int = 1,
-    parallelization_group: Any | None = None,
-    preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    assume_constant_structure: bool = False,
-    io_backend: IoBackend = "direct",
 ) -> tuple[PayloadWrite, SavePlanning]:
     """Let a strategy save, as `formats.PlanSave` says. Collective.
 
     A strategy may talk to other ranks, so it does its work here, where all ranks are together.
     """
-    del io_backend
-    planning = strategy or SavePlanning()
-    prepared = prepare(
-        state_dict,
-        content_metadata,
-        ranks,
-        planning,
-        writers_per_rank=writers_per_rank,
-        group=parallelization_group,
-        preprocess_common=preprocess_common,
-        expects_change=not assume_constant_structure,
-    )
-    share_out(prepared, parallelization_group, ranks)
+    planning: SavePlanning = options.strategy or SavePlanning()
+    prepared = prepare(state_dict, content_metadata, ranks, planning, options)
+    share_out(prepared, options.parallelization_group, ranks)
     planning.note(prepared.structure, prepared.verdict, None)
     sharded, objects = ranks.run("serializing the objects", lambda: _without_objects(prepared.sharded, of))
     begun = time.monotonic()

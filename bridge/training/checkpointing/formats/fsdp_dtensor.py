@@ -11,7 +11,7 @@ dictionary by the rest of the keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from bridge.training.checkpointing.formats import Format, Loaded, PayloadWrite
 from bridge.training.checkpointing.formats.apart import State, state_of
 from bridge.training.checkpointing.formats.direct import DirectWrite
 from bridge.training.checkpointing.formats.fsdp_dtensor_reading import Values, read_objects, read_values
+from bridge.training.checkpointing.formats.options import LoadOptions, SaveOptions
 from bridge.training.checkpointing.formats.writing import write_buckets
 from bridge.training.checkpointing.integrity import FileRecord
 from bridge.training.checkpointing.io.framing import Frames
 from bridge.training.checkpointing.io.image import FileContents
-from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import PAYLOAD_METADATA
 from bridge.training.checkpointing.safety.payload_metadata import read_payload_metadata
 
@@ -58,23 +58,16 @@ def plan_save(
     directory: Path,
     content_metadata: dict[str, Any],
     ranks: Ranks,
-    *,
-    strategy: Any | None = None,
-    writers_per_rank: int = 1,
-    parallelization_group: Any | None = None,
-    preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    assume_constant_structure: bool = False,
-    io_backend: IoBackend = "direct",
+    options: SaveOptions,
 ) -> tuple[PayloadWrite, Any]:
     """Plan a save of a preprocessed state dict; with the `stock` backend, copy what this rank writes to host memory.
 
-    The arguments are those of `formats.PlanSave`. Each shard has one writer by nature, so there is nothing to share
+    As `formats.PlanSave` says. Each shard has one writer by nature, so there is nothing to share
     out, and no plan is kept for the next save.
 
     Raises:
         CheckpointSaveError: the shards of the ranks do not make up whole tensors.
     """
-    del parallelization_group, preprocess_common, assume_constant_structure
     planner = _planner(ranks.is_first)
 
     def list_own() -> SavePlan:
@@ -90,51 +83,44 @@ def plan_save(
     left_out = ranks.first("sharing out the writing", lambda: joined.left_out if joined is not None else [])
     others = set(left_out[ranks.rank])
     items = [item for index, item in enumerate(own.items) if index not in others]
-    stock = io_backend == "stock"
+    stock = options.io_backend == "stock"
     buckets = ranks.run(
         "taking what this rank writes",
-        lambda: _take(planner, items, directory, ranks.rank, writers_per_rank, copy=stock),
+        lambda: _take(planner, items, directory, ranks.rank, options.writers_per_rank, copy=stock),
     )
     planned = _Planned(buckets, directory, None if joined is None else joined.metadata)
     if stock:
         return PayloadWrite(planned.write, planned.finish), None
-    frames = strategy if isinstance(strategy, Frames) else Frames()
+    frames = options.strategy if isinstance(options.strategy, Frames) else Frames()
     direct = DirectWrite.of(lambda: map(_contents_of, buckets), directory, frames)
     return PayloadWrite(direct.write, planned.finish, direct=direct), frames
 
 
-def load(
-    template: dict[str, Any],
-    directory: Path,
-    ranks: Ranks,
-    *,
-    strictness: str,
-    parallelization_group: Any | None = None,
-    validate_access: bool = True,
-    io_backend: IoBackend = "direct",
-) -> Loaded:
+def load(template: dict[str, Any], directory: Path, ranks: Ranks, options: LoadOptions) -> Loaded:
     """Read into the tensors of a preprocessed state dict, and return the objects that it asks for.
 
     Args:
         template: what to load; see the module.
         directory: the checkpoint.
         ranks: all ranks; this is collective.
-        strictness: one of megatron-core's `StrictHandling` values. Tensors that the checkpoint lacks are left as they
-            are where it drops or logs keys.
-        parallelization_group: accepted for the protocol: every rank reads its own shards and nothing twice.
-        validate_access: accepted for the protocol: DTensors cover what they are parts of.
-        io_backend: who reads the files.
+        options: how. Tensors that the checkpoint lacks are left as they are where its strictness drops or logs keys.
+            Every rank reads its own shards and nothing twice, and DTensors cover what they are parts of.
 
     Raises:
         CheckpointDamagedError: a file cannot be read, on any rank.
         UnsafeCheckpointError: a file holds an object of a class that is not allowed, or leads out of the checkpoint.
         CheckpointMismatchError: keys, shapes or types do not fit.
     """
-    del parallelization_group, validate_access
     metadata = ranks.run("reading what the checkpoint holds", lambda: read_payload_metadata(directory))
     request = ranks.run("listing what is to be loaded", lambda: _Request.of(template, metadata))
     values = read_values(
-        request.tensors, request.objects, directory, metadata, ranks, strictness=strictness, io_backend=io_backend
+        request.tensors,
+        request.objects,
+        directory,
+        metadata,
+        ranks,
+        strictness=options.strictness,
+        io_backend=options.io_backend,
     )
     return request.loaded(values)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from megatron.core.dist_checkpointing.validation import _validate_common_state_d
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.formats.apart import State, TakenApart, state_of
+from bridge.training.checkpointing.formats.options import SaveOptions
 from bridge.training.checkpointing.formats.planning import SavePlanning, assign, ranks_of
 from bridge.training.checkpointing.formats.structure import Structure, Verdict, Vote, decide
 from bridge.training.checkpointing.layout import COMMON
@@ -56,18 +56,11 @@ def prepare(
     content_metadata: dict[str, Any],
     ranks: Ranks,
     planning: SavePlanning,
-    *,
-    writers_per_rank: int,
-    group: Any | None,
-    preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None,
-    expects_change: bool = True,
+    options: SaveOptions,
 ) -> Prepared:
     """Take a state dict apart, and compare its structure with that of the save before. Collective.
 
-    Args:
-        expects_change: whether a changed structure is worth no warning.
-
-    The others are those of `formats.PlanSave`.
+    The arguments are those of `formats.PlanSave`, and the planning that its options hold.
 
     Raises:
         CheckpointSaveError: something is to be saved that cannot be.
@@ -77,7 +70,7 @@ def prepare(
 
     def take_apart() -> str | None:
         apart = TakenApart({**state_of(state_dict), CONTENT_METADATA: content_metadata})
-        structure = Structure.of(apart.items, writers_per_rank, ranks_of(group))
+        structure = Structure.of(apart.items, options.writers_per_rank, ranks_of(options.parallelization_group))
         # Before anything is exchanged: what cannot be pickled would fail on rank 0 alone, amid a collective.
         sidecars = (Sidecar(COMMON, torch_bytes(apart.common)),) if ranks.is_first else ()
         taken.append(_Taken(apart.sharded, apart.items, apart.common, sidecars, structure))
@@ -91,7 +84,7 @@ def prepare(
     if ranks.same("comparing the structure with that of the save before", job) and job is not None:
         verdict = Verdict(job, valid=True, planned=True, changes=())
     else:
-        verdict = _all_votes(taken, failed, ranks, planning, preprocess_common, expects_change)
+        verdict = _all_votes(taken, failed, ranks, planning, options)
     (own,) = taken
     return Prepared(own.sharded, own.state, own.sidecars, own.structure, verdict)
 
@@ -101,8 +94,7 @@ def _all_votes(
     failed: list[Exception],
     ranks: Ranks,
     planning: SavePlanning,
-    preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None,
-    expects_change: bool,
+    options: SaveOptions,
 ) -> Verdict:
     """The verdict where not all ranks keep one plan for what they have. Collective."""
     compared: list[dict[str, Any]] = []
@@ -111,13 +103,13 @@ def _all_votes(
         if failed:
             raise failed[0]
         common = taken[0].common
-        compared.append(common if preprocess_common is None else preprocess_common(common))
+        compared.append(common if options.preprocess_common is None else options.preprocess_common(common))
         return planning.vote(taken[0].structure, lambda: _checksum(compared[0]), ranks)
 
     verdict = decide(ranks.collect("preparing the sharded state", vote))
     if verdict.changes and ranks.is_first:
         logger.log(
-            logging.INFO if expects_change else logging.WARNING,
+            logging.WARNING if options.assume_constant_structure else logging.INFO,
             "the structure of what is saved has changed since the save before; planning anew (%s)",
             "; ".join(verdict.changes),
         )

@@ -40,6 +40,7 @@ from bridge.training.checkpointing.formats import Format, Loaded, PayloadWrite, 
 from bridge.training.checkpointing.formats.apart import State
 from bridge.training.checkpointing.formats.direct import DirectWrite, contents_of
 from bridge.training.checkpointing.formats.failures import load_error, unreadable
+from bridge.training.checkpointing.formats.options import LoadOptions, SaveOptions
 from bridge.training.checkpointing.formats.planning import Plan, SavePlanning, make_plan
 from bridge.training.checkpointing.formats.prepared import prepare
 from bridge.training.checkpointing.formats.staging import stage
@@ -48,8 +49,6 @@ from bridge.training.checkpointing.formats.two_stage import two_stage
 from bridge.training.checkpointing.formats.writing import write_buckets
 from bridge.training.checkpointing.integrity import FileRecord
 from bridge.training.checkpointing.io.access import left_to_validate
-from bridge.training.checkpointing.io.elsewhere import Shards
-from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import COMMON, MCORE_METADATA, PAYLOAD_METADATA
 from bridge.training.checkpointing.safety.payload_metadata import without_collector
 from bridge.training.checkpointing.safety.safe_globals import describe, load_torch_file
@@ -67,13 +66,7 @@ def plan_save(
     directory: Path,
     content_metadata: dict[str, Any],
     ranks: Ranks,
-    *,
-    strategy: SavePlanning | None = None,
-    writers_per_rank: int = 1,
-    parallelization_group: Any | None = None,
-    preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    assume_constant_structure: bool = False,
-    io_backend: IoBackend = "direct",
+    options: SaveOptions,
 ) -> tuple[PayloadWrite, SavePlanning]:
     """Plan a save of `state_dict` into `directory`, and write nothing yet.
 
@@ -85,36 +78,23 @@ def plan_save(
         directory: an existing directory that only this save uses.
         content_metadata: saved in `common.pt` under that key.
         ranks: all ranks; this is collective.
-        strategy: the second value returned by an earlier call. A structure that it knows is not validated again.
-        writers_per_rank: files, and processes writing them, of each rank.
-        parallelization_group: replicas within this group share the writing; None: the main replica writes.
-        preprocess_common: as megatron-core's `preprocess_common_before_consistancy_check`.
-        assume_constant_structure: warn where a structure has changed. The plan of the save before is used again in any
-            case if no rank's structure has; the values are always those of `state_dict`.
-        io_backend: who writes the files.
+        options: how. A structure that `strategy` knows is not validated again, and its plan is used again if no rank's
+            structure has changed; the values are always those of `state_dict`.
 
     Returns:
-        The planned write, and what to pass as `strategy` to the next call.
+        The planned write, and the `strategy` of the next save's options.
 
     Raises:
         CheckpointSaveError: the shards of the ranks do not make up whole tensors.
     """
-    planning = strategy or SavePlanning()
-    prepared = prepare(
-        state_dict,
-        content_metadata,
-        ranks,
-        planning,
-        writers_per_rank=writers_per_rank,
-        group=parallelization_group,
-        preprocess_common=preprocess_common,
-        expects_change=not assume_constant_structure,
-    )
+    planning: SavePlanning = options.strategy or SavePlanning()
+    prepared = prepare(state_dict, content_metadata, ranks, planning, options)
     state, verdict, plan = prepared.state, prepared.verdict, planning.plan
     if plan is None or not verdict.planned:
-        plan = make_plan(state, ranks, planning, verdict, writers=writers_per_rank, group=parallelization_group)
+        writers, group = options.writers_per_rank, options.parallelization_group
+        plan = make_plan(state, ranks, planning, verdict, writers=writers, group=group)
     planning.note(prepared.structure, verdict, plan)
-    if io_backend == "stock":
+    if options.io_backend == "stock":
         planned = _Planned(plan, stage(plan, state, directory, ranks), directory)
         return PayloadWrite(plan.reporting(planned.write), planned.finish, prepared.sidecars), planning
     files = plan.files
@@ -123,28 +103,14 @@ def plan_save(
     return PayloadWrite(direct.write, finish, prepared.sidecars, direct), planning
 
 
-def load(
-    template: dict[str, Any],
-    directory: Path,
-    ranks: Ranks,
-    *,
-    strictness: str,
-    parallelization_group: Any | None = None,
-    validate_access: bool = True,
-    io_backend: IoBackend = "direct",
-    shards: Shards | None = None,
-) -> Loaded:
+def load(template: dict[str, Any], directory: Path, ranks: Ranks, options: LoadOptions) -> Loaded:
     """Load the parts of a checkpoint that `template` asks for.
 
     Args:
         template: sharded state dict of this rank.
         directory: the checkpoint.
         ranks: all ranks; this is collective.
-        strictness: one of megatron-core's `StrictHandling` values.
-        parallelization_group: each rank of this group reads a share and they exchange; None: everybody reads.
-        validate_access: check that the ranks' requests cover every requested tensor exactly once.
-        io_backend: who reads the files.
-        shards: those that are not in the directory.
+        options: how.
 
     Returns:
         The state dict with loaded values, and the key sets where `strictness` returns them; they are logged too.
@@ -158,15 +124,16 @@ def load(
     # Each step is local or collective, never both: a rank that cannot read leaves no other waiting for it.
     request = ranks.run(
         "reading the common part of the checkpoint",
-        lambda: _prepare(template, directory, strictness, parallelization_group, ranks, io_backend, shards),
+        lambda: _prepare(template, directory, ranks, options),
     )
 
     def typed(action: Callable[[], T]) -> T:
         try:
             return action()
         except (CheckpointingException, CheckpointException) as error:
-            raise load_error(error, directory, strictness) from error
+            raise load_error(error, directory, options.strictness) from error
 
+    validate_access = options.validate_access
     if validate_access and ranks.size == 1:
         doubtful = [item.without_data() for item in left_to_validate(nested_values(request.sharded))]
         ranks.run("comparing what is to be loaded", lambda: typed(lambda: validate_sharding_integrity([doubtful])))
@@ -185,7 +152,7 @@ def load(
     shards = ranks.run("reading the checkpoint", lambda: typed(lambda: request.strategy.load(sharded, str(directory))))
     state_dict = ranks.run("joining what was read", lambda: _join(request, shards))
     if not StrictHandling.requires_returning_mismatch_keys(request.strict):
-        return Loaded(state_dict, dropped=may_drop(strictness))
+        return Loaded(state_dict, dropped=may_drop(options.strictness))
     if ranks.is_first:
         logger.warning("in the checkpoint but not requested: %s", _listed(missing))
         logger.warning("requested but not in the checkpoint: %s", _listed(unexpected))
@@ -225,19 +192,11 @@ class _Request:
     """The keys of the checkpoint, where the strictness compares them."""
 
 
-def _prepare(
-    template: dict[str, Any],
-    directory: Path,
-    strictness: str,
-    group: Any | None,
-    ranks: Ranks,
-    io_backend: IoBackend,
-    shards: Shards | None,
-) -> _Request:
-    strict = parse_strict_flag(strictness)
+def _prepare(template: dict[str, Any], directory: Path, ranks: Ranks, options: LoadOptions) -> _Request:
+    strict = parse_strict_flag(options.strictness)
     common = read_common(directory)
     try:
-        strategy = load_strategy(directory, io_backend, shards)
+        strategy = load_strategy(directory, options.io_backend, options.shards)
         compares = StrictHandling.requires_explicit_ckpt_mismatch_check(strict)
         saved = strategy.load_sharded_metadata(str(directory)) if compares else None
     except CheckpointError:
@@ -247,7 +206,7 @@ def _prepare(
     force_all_tensors_to_non_fp8(template)
     sharded, kept, factories = load_preprocess(template)
     merge(common, kept)
-    strategy = two_stage(strategy, group, ranks)
+    strategy = two_stage(strategy, options.parallelization_group, ranks)
     return _Request(common, extract_sharded_base(sharded)[0], factories, strategy, strict, saved)
 
 
@@ -292,5 +251,5 @@ FORMAT = Format(
     read_common,
     files=(MCORE_METADATA, PAYLOAD_METADATA, COMMON),
     is_shard=lambda name: name.endswith(".distcp"),
-    load_from=load,
+    reads_elsewhere=True,
 )

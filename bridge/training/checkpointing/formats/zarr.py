@@ -11,7 +11,7 @@ It registers itself with megatron-core as the backend `zarr`, so megatron-core's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -30,6 +30,7 @@ from bridge.training.checkpointing.files import sync_directory, write_file
 from bridge.training.checkpointing.formats import Format, PayloadWrite
 from bridge.training.checkpointing.formats.apart import State
 from bridge.training.checkpointing.formats.objects import is_object_file, object_sidecar
+from bridge.training.checkpointing.formats.options import SaveOptions
 from bridge.training.checkpointing.formats.planning import SavePlanning
 from bridge.training.checkpointing.formats.prepared import prepare, share_out
 from bridge.training.checkpointing.formats.strategies import Backend, write_backend
@@ -45,7 +46,6 @@ from bridge.training.checkpointing.formats.zarr_reading import (
     ZarrLoadShardedStrategy,
 )
 from bridge.training.checkpointing.integrity import FileRecord
-from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import COMMON, DATALOADER_DIRECTORY, MCORE_METADATA, TOKENIZER_DIRECTORY
 from bridge.training.checkpointing.sidecar import Sidecar
 
@@ -64,38 +64,22 @@ def plan_save(
     directory: Path,
     content_metadata: dict[str, Any],
     ranks: Ranks,
-    *,
-    strategy: SavePlanning | None = None,
-    writers_per_rank: int = 1,
-    parallelization_group: Any | None = None,
-    preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    assume_constant_structure: bool = False,
-    io_backend: IoBackend = "direct",
+    options: SaveOptions,
 ) -> tuple[PayloadWrite, SavePlanning]:
     """Plan a save, as `formats.PlanSave` says. Collective.
 
     The values are not copied: nothing may change them before the write has ended, which has to run in this process.
     """
-    del io_backend
-    planning = strategy or SavePlanning()
-    prepared = prepare(
-        state_dict,
-        content_metadata,
-        ranks,
-        planning,
-        writers_per_rank=writers_per_rank,
-        group=parallelization_group,
-        preprocess_common=preprocess_common,
-        expects_change=not assume_constant_structure,
-    )
+    planning: SavePlanning = options.strategy or SavePlanning()
+    prepared = prepare(state_dict, content_metadata, ranks, planning, options)
     verdict, plan = prepared.verdict, planning.plan
     if plan is None or not verdict.planned:
-        share_out(prepared, parallelization_group, ranks)
+        share_out(prepared, options.parallelization_group, ranks)
         plan = make_plan(prepared.state, ranks, job=verdict.job)
     planning.note(prepared.structure, verdict, plan)
     state = prepared.state
     objects = ranks.run("serializing the objects", lambda: _objects(state))
-    planned = _Planned(directory, plan.writes(state), writers_per_rank)
+    planned = _Planned(directory, plan.writes(state), options.writers_per_rank)
     return PayloadWrite(planned.write, planned.finish, (*prepared.sidecars, *objects)), planning
 
 

@@ -21,6 +21,7 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.checksums import DEFAULT
 from bridge.training.checkpointing.files import sync_directory, sync_file
 from bridge.training.checkpointing.formats.direct import DirectWrite, contents_of
+from bridge.training.checkpointing.formats.options import SaveOptions
 from bridge.training.checkpointing.formats.planning import Plan, SavePlanning, make_plan
 from bridge.training.checkpointing.formats.prepared import prepare
 from bridge.training.checkpointing.io.background_writer import BackgroundWriter, Files, Patience, Writing
@@ -126,9 +127,7 @@ class TorchDistSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]
             {},
             ranks,
             planning,
-            writers_per_rank=self._files,
-            group=None,
-            preprocess_common=None,
+            SaveOptions(writers_per_rank=self._files),
         )
         state, verdict, plan = prepared.state, prepared.verdict, planning.plan
         if plan is None or not verdict.planned:

@@ -15,12 +15,12 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.contents.dataloader import DataloaderState, read_dataloader_state
 from bridge.training.checkpointing.contents.train_state import read_train_state
 from bridge.training.checkpointing.errors import CheckpointDamagedError
-from bridge.training.checkpointing.formats import Load, Loaded
+from bridge.training.checkpointing.formats import Loaded
+from bridge.training.checkpointing.formats.options import LoadOptions
 from bridge.training.checkpointing.formats.registry import format_to_read
 from bridge.training.checkpointing.integrity import FileRecord, Level, Manifest
 from bridge.training.checkpointing.io.elsewhere import Shards
 from bridge.training.checkpointing.io.reading import ReadOptions
-from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import MANIFEST, TRAIN_STATE
 from bridge.training.checkpointing.objects.client import ObjectInfo, ObjectStore
 from bridge.training.checkpointing.objects.labels import label_for
@@ -148,34 +148,16 @@ class ObjectCheckpoint:
             self._verify(ranks)
         return saved
 
-    def load(
-        self,
-        template: dict[str, Any],
-        ranks: Ranks,
-        *,
-        strictness: str,
-        parallelization_group: Any | None,
-        validate_access: bool,
-        io_backend: IoBackend = "direct",
-    ) -> Loaded:
+    def load(self, template: dict[str, Any], ranks: Ranks, options: LoadOptions) -> Loaded:
         """Read shards by the checkpoint's format, by ranges where it can. Collective."""
         known = self._require_known()
         kind = format_to_read(known.manifest.checkpoint_format)
-        load: Load = kind.load
-        if kind.load_from is None or io_backend != "direct":
-            ranks.run("downloading the checkpoint", self._fetch_shards)
-        else:
+        if kind.reads_elsewhere and options.io_backend == "direct":
             shards = Shards(self._locate, self._fetch_shards, read_options(self._options.threads))
-            load = partial(kind.load_from, shards=shards)
-        return load(
-            template,
-            known.copy.directory,
-            ranks,
-            strictness=strictness,
-            parallelization_group=parallelization_group,
-            validate_access=validate_access,
-            io_backend=io_backend,
-        )
+            options = replace(options, shards=shards)
+        else:
+            ranks.run("downloading the checkpoint", self._fetch_shards)
+        return kind.load(template, known.copy.directory, ranks, options)
 
     def train_state(self) -> Mapping[str, Any]:
         """From `train_state.pt`."""

@@ -40,8 +40,8 @@ from bridge.training.checkpointing.errors import (
 )
 from bridge.training.checkpointing.formats import Loaded, may_drop
 from bridge.training.checkpointing.formats.failures import load_error
+from bridge.training.checkpointing.formats.options import LoadOptions
 from bridge.training.checkpointing.formats.read_choice import process_group
-from bridge.training.checkpointing.io.strategy import IoBackend
 from bridge.training.checkpointing.layout import RUN_CONFIG
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.plans.adapters import saved_adapters
@@ -107,32 +107,20 @@ class RankLocalCheckpoint:
             start=self.record.start,
         )
 
-    def load(
-        self,
-        template: dict[str, Any],
-        ranks: Ranks,
-        *,
-        strictness: str,
-        parallelization_group: Any | None,
-        validate_access: bool,
-        io_backend: IoBackend = "direct",
-    ) -> Loaded:
+    def load(self, template: dict[str, Any], ranks: Ranks, options: LoadOptions) -> Loaded:
         """Give the parts that `template` asks for; its tensors receive the values. Collective.
 
         Args:
             template: sharded state dict of this rank.
             ranks: all ranks.
-            strictness: one of megatron-core's `StrictHandling` values.
-            parallelization_group: used where `group` is None; who holds what was decided by the save.
-            validate_access: check that the ranks' requests cover every requested tensor exactly once.
-            io_backend: accepted for the protocol.
+            options: how. Its group is used where `group` is None: who holds what was decided by the save.
 
         Raises:
             CheckpointMismatchError: keys or shapes do not fit.
         """
-        request = ranks.run("preparing the load", lambda: _prepare(template, self.common(), strictness))
+        request = ranks.run("preparing the load", lambda: _prepare(template, self.common(), options.strictness))
         accessed: tuple[Any, Any] = (None, None)
-        if validate_access or StrictHandling.requires_global_app_metadata(request.strict):
+        if options.validate_access or StrictHandling.requires_global_app_metadata(request.strict):
             accessed = ranks.run("exchanging what is to be loaded", lambda: determine_global_metadata(request.sharded))
         saved = None
         if StrictHandling.requires_explicit_ckpt_mismatch_check(request.strict):
@@ -141,11 +129,13 @@ class RankLocalCheckpoint:
 
         def fit() -> tuple[Any, set[str], set[str]]:
             return validate_integrity_and_strict_load(  # type: ignore[no-any-return]
-                request.sharded, request.strict, validate_access, *accessed, saved
+                request.sharded, request.strict, options.validate_access, *accessed, saved
             )
 
-        sharded, missing, unexpected = ranks.run("comparing with the snapshots", lambda: self._typed(fit, strictness))
-        group = self.group if self.group is not None else process_group(parallelization_group)
+        sharded, missing, unexpected = ranks.run(
+            "comparing with the snapshots", lambda: self._typed(fit, options.strictness)
+        )
+        group = self.group if self.group is not None else process_group(options.parallelization_group)
         wanted = [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
         store, iteration, save_id = self.store, self.record.iteration, self.record.save_id
         tensors = fetch(
@@ -159,7 +149,7 @@ class RankLocalCheckpoint:
         place = f"the {NAMES[self.source.kind]}"
         state_dict = ranks.run("joining what was read", lambda: _join(request, sharded, tensors, self.state, place))
         if not StrictHandling.requires_returning_mismatch_keys(request.strict):
-            return Loaded(state_dict, dropped=may_drop(strictness))
+            return Loaded(state_dict, dropped=may_drop(options.strictness))
         if ranks.is_first:
             logger.warning("in the snapshots but not requested: %s", ", ".join(sorted(missing)) or "nothing")
             logger.warning("requested but not in the snapshots: %s", ", ".join(sorted(unexpected)) or "nothing")

@@ -20,6 +20,7 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.collecting import LiveObjects, collect
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError
 from bridge.training.checkpointing.files import write_file
+from bridge.training.checkpointing.formats.options import LoadOptions, SaveOptions
 from bridge.training.checkpointing.formats.planning import Places, SavePlanning, make_plan
 from bridge.training.checkpointing.formats.prepared import prepare, share_out
 from bridge.training.checkpointing.formats.structure import Structure, Vote, decide
@@ -58,17 +59,8 @@ def save(
 ) -> SavePlanning:
     ranks = Ranks.current()
     ranks.first("making the directory", lambda: directory.mkdir(parents=True))
-    payload, planning = (plan_zarr if zarr else plan_save)(
-        state,
-        directory,
-        {},
-        ranks,
-        strategy=planning,
-        writers_per_rank=writers,
-        parallelization_group=group,
-        assume_constant_structure=True,
-        **more,
-    )
+    options = SaveOptions(planning, writers, group, assume_constant_structure=True, **more)
+    payload, planning = (plan_zarr if zarr else plan_save)(state, directory, {}, ranks, options)
     _, result = ranks.run("writing", lambda: payload.write("xxh3"))
     results = ranks.gather_first("collecting", result)
     ranks.first("finishing", lambda: payload.finish(results or []))
@@ -183,7 +175,9 @@ def save_after_a_load(root: Path) -> dict[str, Any]:
         save(state_of(9, **change), root / f"{name}, again", planning, group, writers=2)
         assert told.messages == []
         template = state_of(0, **change)
-        found = load(template, root / name, ranks, strictness="assume_ok_unexpected", validate_access=False).state_dict
+        found = load(
+            template, root / name, ranks, LoadOptions(strictness="assume_ok_unexpected", validate_access=False)
+        ).state_dict
         assert torch.equal(found["own"], state_of(number)["own"].data)
         assert found["thing"] == [number, dist.get_rank()] and found["step"] == number
     return seen
@@ -284,7 +278,7 @@ def test_what_was_refused_is_refused_again() -> None:
 
     def save_parts(of: int) -> None:
         state = {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(4), (0, 0, of))}
-        prepared = prepare(state, {}, ranks, planning, writers_per_rank=1, group=None, preprocess_common=None)
+        prepared = prepare(state, {}, ranks, planning, SaveOptions())
         share_out(prepared, None, ranks)
         planning.note(prepared.structure, prepared.verdict, None)
 

@@ -26,6 +26,7 @@ from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import CheckpointDamagedError
 from bridge.training.checkpointing.formats import torch_dist
 from bridge.training.checkpointing.formats.failures import load_error
+from bridge.training.checkpointing.formats.options import LoadOptions
 from bridge.training.checkpointing.formats.read_choice import Measured
 from bridge.training.checkpointing.formats.read_rounds import LoadTimes, summary
 from bridge.training.checkpointing.formats.strategies import load_strategy
@@ -486,7 +487,10 @@ def load_by_the_format(base: Path) -> list[bool]:
 
     def load(shared: Any) -> Any:
         loaded = torch_dist.load(
-            wanted(place), directory, ranks, strictness="raise_all", parallelization_group=shared, validate_access=False
+            wanted(place),
+            directory,
+            ranks,
+            LoadOptions(strictness="raise_all", parallelization_group=shared, validate_access=False),
         )
         return bits(loaded.state_dict)
 

@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.detection import format_on_all_ranks
+from bridge.training.checkpointing.formats.options import LoadOptions, SaveOptions
 from bridge.training.checkpointing.formats.registry import format_named
 
 LAYERS = 4
@@ -137,9 +138,8 @@ def save(
     """
     ranks = Ranks.current()
     ranks.first("making the directory", lambda: directory.mkdir(parents=True))
-    payload, kept = format_named(name).plan_save(
-        state, directory, {"kind": "test"}, ranks, parallelization_group=group, **options
-    )
+    how = SaveOptions(parallelization_group=group, **options)
+    payload, kept = format_named(name).plan_save(state, directory, {"kind": "test"}, ranks, how)
 
     def write() -> tuple[list[str], Any]:
         files, result = around_write(lambda: payload.write("xxh3"))
@@ -159,7 +159,7 @@ def load(template: dict[str, Any], directory: Path, group: Any = None, strictnes
     """Load by the format that the directory is in. Collective."""
     ranks = Ranks.current()
     return format_on_all_ranks(directory, ranks).load(
-        template, directory, ranks, strictness=strictness, parallelization_group=group
+        template, directory, ranks, LoadOptions(strictness=strictness, parallelization_group=group)
     )
 
 

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError
 from bridge.training.checkpointing.formats import torch_dist
+from bridge.training.checkpointing.formats.options import LoadOptions
 from bridge.training.checkpointing.io import TorchDistLoadStrategy
 from bridge.training.checkpointing.io.strategy import IoBackend
 from tests.distributed.launch import init_ranks, run_ranks
@@ -143,8 +144,7 @@ def test_a_padded_tensor_keeps_the_rows_that_are_stored(tmp_path: Path, io_backe
             {"words": wanted},
             tmp_path / "saved",
             Ranks.current(),
-            strictness="assume_ok_unexpected",
-            io_backend=io_backend,
+            LoadOptions(strictness="assume_ok_unexpected", io_backend=io_backend),
         )
         return loaded.state_dict["words"]
 
@@ -166,7 +166,10 @@ def test_a_file_that_is_damaged_for_one_rank_is_an_error_on_all(tmp_path: Path, 
         template = {key: item for key, item in spread(2, dist.get_rank(), 2, fill=False).items() if key == "stacked"}
         with pytest.raises(CheckpointDamagedError) as caught:
             torch_dist.load(
-                template, directory, Ranks.current(), strictness="assume_ok_unexpected", io_backend=io_backend
+                template,
+                directory,
+                Ranks.current(),
+                LoadOptions(strictness="assume_ok_unexpected", io_backend=io_backend),
             )
         return str(caught.value)
 
@@ -197,9 +200,7 @@ def test_what_does_not_fit_is_said_in_the_same_words(tmp_path: Path) -> None:
                 template,
                 tmp_path / "saved",
                 Ranks.current(),
-                strictness="assume_ok_unexpected",
-                validate_access=False,
-                io_backend=io_backend,
+                LoadOptions(strictness="assume_ok_unexpected", validate_access=False, io_backend=io_backend),
             )
         except CheckpointError as error:
             return str(error)
@@ -229,9 +230,7 @@ def test_a_chunk_that_the_metadata_has_lost_and_a_type_of_another_kind_are_error
                 {"stacked": wanted},
                 directory,
                 Ranks.current(),
-                strictness="assume_ok_unexpected",
-                validate_access=False,
-                io_backend=io_backend,
+                LoadOptions(strictness="assume_ok_unexpected", validate_access=False, io_backend=io_backend),
             )
         except CheckpointError as error:
             return f"{type(error).__name__}: {error}"

@@ -23,6 +23,7 @@ from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager impor
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.collecting import LiveObjects, collect
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError
+from bridge.training.checkpointing.formats.options import LoadOptions
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.plans.adapters import Adapters
 from bridge.training.checkpointing.plans.load_plan import Saved
@@ -103,9 +104,7 @@ class Job:
         return self.open().load(
             template or self.state(-1),
             self.ranks,
-            strictness=strictness,
-            parallelization_group=None,
-            validate_access=True,
+            LoadOptions(strictness=strictness, parallelization_group=None, validate_access=True),
         )
 
     def loaded(self) -> tuple[Any, ...]:
