@@ -1,8 +1,9 @@
 """Whose place in object storage it is: one object says which run uploads to it.
 
 There are no locks in a bucket, so this does not keep two runs apart that begin at the same moment; it keeps a run from
-the place of another one, and tells a run that another has taken its place. A run is known by the session of the
-directory that it uploads from: the same after a restart, another one for every other directory.
+the place of another one, and tells a run that another has taken its place. A run is known by the directory that it
+uploads from: the same after a restart, and where the directory was renamed or is mounted elsewhere; another one for
+every other directory and for a copy.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from bridge.training.object_url import ObjectUrl
 
 OWNER = ".bridge-owner"
 """The name of the object."""
-_KEPT = 16
-"""Earlier owners that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class BucketOwner:
     """That it uploads from."""
     since: str
     """When it took the place, as ISO 8601 says it."""
-    before: tuple[str, ...] = ()
-    """The sessions that had the place before it, the latest last."""
+    body: str = ""
+    """What tells the directory from its copies whatever its name is; as `body_of` gives it."""
 
     def __str__(self) -> str:
         return f"host {self.host}, directory {self.directory}, since {self.since}"
@@ -47,10 +46,14 @@ class BucketOwner:
             KeyError, TypeError: something is missing, or no text.
         """
         texts = {name: values[name] for name in ("session", "host", "directory", "since")}
-        before = tuple(values.get("before", ()))
-        if not all(isinstance(text, str) for text in (*texts.values(), *before)):
+        texts["body"] = values.get("body", "")
+        if not all(isinstance(text, str) for text in texts.values()):
             raise TypeError("it holds what is no text")
-        return cls(**texts, before=before)
+        return cls(**texts)
+
+    def is_same_run(self, other: BucketOwner) -> bool:
+        """Whether both upload from one directory. The inode of a directory may change where its name does not."""
+        return self.session == other.session or (self.body != "" and self.body == other.body)
 
 
 def successor(found: BucketOwner | None, own: BucketOwner, *, is_start: bool, goes_on: bool) -> BucketOwner | None:
@@ -61,16 +64,14 @@ def successor(found: BucketOwner | None, own: BucketOwner, *, is_start: bool, go
         own: the run that asks.
         is_start: whether the run has not had it in this start yet. One that had it, and finds another there, has lost
             it.
-        goes_on: whether the run goes on from what is in this place, and has nothing of its own beside it.
+        goes_on: whether the run goes on from what is in this place, and has nothing of its own beside it; or nothing
+            is there.
     """
     if found is None:
         return own
-    if found.session == own.session:
+    if found.is_same_run(own):
         return found
-    if is_start and (goes_on or own.session in found.before):
-        before = [session for session in found.before if session != own.session]
-        return BucketOwner(own.session, own.host, own.directory, own.since, (*before, found.session)[-_KEPT:])
-    return None
+    return own if is_start and goes_on else None
 
 
 def read_owner(store: ObjectStore, url: ObjectUrl) -> BucketOwner | None:

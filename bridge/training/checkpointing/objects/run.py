@@ -16,6 +16,7 @@ from bridge.training.checkpointing.errors import CheckpointSaveError, DirectoryI
 from bridge.training.checkpointing.events.stream import EventStream
 from bridge.training.checkpointing.layout import iteration_name, list_checkpoints, parse_iteration_name
 from bridge.training.checkpointing.objects.client import ObjectStore, library
+from bridge.training.checkpointing.objects.listing import BucketListing, list_bucket
 from bridge.training.checkpointing.objects.owner import BucketOwner, read_owner, refusal, successor
 from bridge.training.checkpointing.objects.places import (
     retention_settings,
@@ -26,7 +27,7 @@ from bridge.training.checkpointing.objects.places import (
 from bridge.training.checkpointing.objects.transfer import TransferOptions
 from bridge.training.checkpointing.objects.uploads import Uploads
 from bridge.training.checkpointing.retention.sweeper import needed_again
-from bridge.training.checkpointing.tiers.session import session_of
+from bridge.training.checkpointing.tiers.session import body_of, session_of
 from bridge.training.object_url import ObjectUrl, is_url
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ def report_uploads_to(events: EventStream, context: dict[str, Any]) -> None:
 
 def _owner(directory: Path) -> BucketOwner:
     since = datetime.now(timezone.utc).isoformat("T", "seconds")
-    return BucketOwner(session_of(directory), socket.gethostname(), str(directory.absolute()), since)
+    place = str(directory.absolute())
+    return BucketOwner(session_of(directory), socket.gethostname(), place, since, body_of(directory))
 
 
 def _goes_on(checkpoint_config: Any, url: str) -> bool:
@@ -103,6 +105,10 @@ def _goes_on(checkpoint_config: Any, url: str) -> bool:
     return is_own and not list_checkpoints(directory).iterations
 
 
+def _is_empty(listing: BucketListing) -> bool:
+    return not (listing.manifests or listing.unreadable or listing.has_tracker)
+
+
 def _require_place(checkpoint_config: Any, uploads: Uploads) -> None:
     """Refuse the place of another run. A store that does not answer now says nothing; the uploads ask again.
 
@@ -112,7 +118,11 @@ def _require_place(checkpoint_config: Any, uploads: Uploads) -> None:
     """
     url, own = ObjectUrl.parse(uploads.url), BucketOwner.from_plain(uploads.owner)
     try:
-        found = read_owner(ObjectStore(url.bucket, _QUICK), url)
+        store = ObjectStore(url.bucket, _QUICK)
+        found = read_owner(store, url)
+        if found is not None and not found.is_same_run(own) and not uploads.goes_on:
+            # Whoever had the place was ended before its first upload: there is nothing to mix up.
+            uploads.goes_on = _is_empty(list_bucket(store, url))
     except ObjectStoreError as error:
         logger.warning("whether another run uploads to %s cannot be found out for now: %s", url, error)
         return

@@ -62,7 +62,7 @@ def upload_checkpoint(
         url: the place of checkpoints in it.
         directory: the checkpoint, an `iter_N` with its manifest.
         move_trackers: whether the trackers lead to it afterwards.
-        confirm: called before the marker is put; what it raises ends the upload.
+        confirm: called before a marker is deleted or put; what it raises ends the upload.
         progress: told, from several threads, how many bytes have been sent in a piece.
 
     Raises:
@@ -80,6 +80,8 @@ def upload_checkpoint(
     if before != marker:
         there = _find_own(store, place, before, manifest)
         if before is not None:
+            if confirm is not None:
+                confirm()
             _unpublish(store, url, manifest.iteration)
         sent = _send_files(store, place, directory, manifest, there, progress)
         _require_all(store, place, manifest)

@@ -224,7 +224,7 @@ class Uploader:
             )
         if owner is not None and owner != found:
             if found is not None:
-                logger.warning("TAKING OVER %s from another run (%s), from which this one goes on", self._url, found)
+                logger.warning("TAKING OVER %s from another run (%s)", self._url, found)
             write_owner(store, self._url, owner)
         if self._is_start:
             self._is_start = False

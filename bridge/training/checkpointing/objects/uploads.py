@@ -64,7 +64,7 @@ class Uploads:
     owner: dict[str, Any] = field(default_factory=dict)
     """The run, as the fields of a `BucketOwner`; without them nobody is asked whose the place is."""
     goes_on: bool = False
-    """Whether the run goes on from what is in the place."""
+    """Whether the run goes on from what is in the place, or nothing is there."""
     events: EventStream = field(default_factory=EventStream)
     """Hears of every upload."""
     waiting: list[int] = field(default_factory=list, init=False)

@@ -24,13 +24,28 @@ def session_of(save_dir: Path) -> str:
 
     Call it in the one process that has claimed the directory.
     """
+    return _digest(_token(save_dir), str(save_dir.resolve()))
+
+
+def body_of(save_dir: Path) -> str:
+    """What a save directory keeps when it is renamed or mounted elsewhere, and a copy of it does not have.
+
+    16 hexadecimal digits, of its token and its inode. Call it where `session_of` may be called.
+    """
+    return _digest(_token(save_dir), f"inode {save_dir.stat().st_ino}")
+
+
+def _token(save_dir: Path) -> bytes:
     file = save_dir / SESSION
     token = file.read_bytes() if file.exists() else b""
     if not token:
         token = secrets.token_hex(16).encode()
         replace_file(file, token)
-    place = str(save_dir.resolve()).encode()
-    return hashlib.sha256(token + b"\n" + place).hexdigest()[:16]
+    return token
+
+
+def _digest(token: bytes, place: str) -> str:
+    return hashlib.sha256(token + b"\n" + place.encode()).hexdigest()[:16]
 
 
 def take_over(directory: Path, session: str, setting: str) -> None:

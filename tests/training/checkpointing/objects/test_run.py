@@ -16,11 +16,11 @@ from bridge.training.checkpointing.events.kinds import UploadFinished, UploadSta
 from bridge.training.checkpointing.integrity import read_manifest
 from bridge.training.checkpointing.objects.client import ObjectStore
 from bridge.training.checkpointing.objects.listing import list_bucket
-from bridge.training.checkpointing.objects.owner import read_owner
+from bridge.training.checkpointing.objects.owner import OWNER, read_owner
 from bridge.training.config import CheckpointConfig
 from bridge.training.object_url import ObjectUrl
 from tests.distributed.launch import run_ranks
-from tests.training.checkpointing.objects.store import Server, require_truthful
+from tests.training.checkpointing.objects.store import Server, contents, require_truthful
 from tests.training.tiny import run_to_end, tiny_config
 
 
@@ -135,6 +135,28 @@ def test_a_damaged_checkpoint_in_a_bucket_is_passed_over(
     )
 
 
+def test_a_directory_that_is_renamed_keeps_its_place_and_a_copy_gets_an_empty_one_only(
+    server: Server, store: ObjectStore, url: ObjectUrl, tmp_path: Path
+) -> None:
+    first, renamed, copied = (str(tmp_path / name) for name in ("a", "b", "c"))
+    several(1, (2, {"save": first, "mirror": str(url)}))
+    shutil.copytree(first, copied)
+    Path(first).rename(renamed)
+    found = several(
+        1,
+        (3, {"save": copied, "load": copied, "mirror": str(url)}),
+        (3, {"save": renamed, "load": renamed, "mirror": str(url)}),
+    )[0]
+    assert found[0].startswith(f"DirectoryInUseError: checkpoint.mirror: {url} belongs to another run (host ")
+    assert found[1]["started at"] == 2
+    assert require_truthful(store, url) == {2, 3}
+    owner = store.get(url.key(OWNER))
+    store.delete(sorted(contents(store, url)))
+    store.put(url.key(OWNER), owner)
+    several(1, (3, {"save": copied, "load": copied, "mirror": str(url)}))
+    assert require_truthful(store, url) == {2, 3}
+
+
 def test_a_run_is_refused_at_the_place_of_another_unless_it_goes_on_from_there(
     server: Server, store: ObjectStore, url: ObjectUrl, tmp_path: Path
 ) -> None:
@@ -157,6 +179,6 @@ def test_a_run_is_refused_at_the_place_of_another_unless_it_goes_on_from_there(
     assert require_truthful(store, url) == {2, 3}
     owner = read_owner(store, url)
     assert owner is not None
-    assert (owner.directory, len(owner.before)) == (second["save"], 1)
+    assert owner.directory == second["save"]
     kinds = [type(event) for event in read_events(tmp_path / "b").events]
     assert kinds.count(UploadStarted) == kinds.count(UploadFinished) == 1

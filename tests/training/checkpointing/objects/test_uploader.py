@@ -175,8 +175,8 @@ def test_deletions_wait_for_a_save_and_stop_nothing(
     assert "iter_0000015/common.pt" in contents(store, url)
 
 
-A = BucketOwner("a" * 16, "first", "/runs/a", "2026-01-01T00:00:00+00:00")
-B = BucketOwner("b" * 16, "second", "/runs/b", "2026-01-02T00:00:00+00:00")
+A = BucketOwner("a" * 16, "first", "/runs/a", "2026-01-01T00:00:00+00:00", "body a")
+B = BucketOwner("b" * 16, "second", "/runs/b", "2026-01-02T00:00:00+00:00", "body b")
 
 
 @pytest.mark.parametrize(
@@ -187,10 +187,10 @@ B = BucketOwner("b" * 16, "second", "/runs/b", "2026-01-02T00:00:00+00:00")
         (replace(A, since="before"), True, False, replace(A, since="before")),
         (replace(A, since="before"), False, False, replace(A, since="before")),
         (B, True, False, None),
-        (B, True, True, replace(A, before=(B.session,))),
+        (B, True, True, A),
         (B, False, True, None),
-        (replace(B, before=("c", A.session)), True, False, replace(A, before=("c", B.session))),
-        (replace(B, before=(A.session,)), False, False, None),
+        (replace(B, body=A.body), True, False, replace(B, body=A.body)),
+        (replace(A, body="", session="c" * 16), True, False, None),
     ],
 )
 def test_who_has_a_place(
@@ -202,7 +202,7 @@ def test_who_has_a_place(
 def test_a_run_keeps_from_the_place_of_another(
     store: ObjectStore, url: ObjectUrl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A start that goes on from there takes it; the run that had it uploads nothing any more, and may take it back."""
+    """A start that goes on from there takes it; the run that had it uploads nothing any more, nor after a restart."""
     first = Steps(url, tmp_path / "a", capsys, A, most_recent_k=1)
     make_checkpoint(tmp_path / "a", 10, large=10)
     assert first.run(10) == [("uploaded", 10)]
@@ -214,13 +214,16 @@ def test_a_run_keeps_from_the_place_of_another(
         other.run(20)
     assert contents(store, url) == before
     assert Steps(url, tmp_path / "b", capsys, B, goes_on=True).run(20) == [("uploaded", 20)]
-    assert read_owner(store, url) == replace(B, before=(A.session,))
+    assert read_owner(store, url) == B
     make_checkpoint(tmp_path / "a", 30, large=10)
     with pytest.raises(DirectoryInUseError, match=rf"^{url} was taken over by another run \(host second, "):
         first.run(30)
     assert require_truthful(store, url) == {10, 20}
+    with pytest.raises(DirectoryInUseError, match=rf"{url} belongs to another run \(host second, directory /runs/b, "):
+        Steps(url, tmp_path / "a", capsys, A).run(30)
+    store.delete([url.key(OWNER)])
     assert Steps(url, tmp_path / "a", capsys, A).run(30) == [("there", 10), ("uploaded", 30)]
-    assert read_owner(store, url) == replace(A, before=(B.session,))
+    assert read_owner(store, url) == A
     store.delete([url.key(OWNER)])
     store.put(url.key(OWNER), b"garbage")
     with pytest.raises(CheckpointDamagedError, match="does not say which run uploads there"):
@@ -233,7 +236,7 @@ def test_a_place_that_is_taken_in_the_middle_of_an_upload_gets_no_marker(
     steps = Steps(url, tmp_path, capsys, A)
     make_checkpoint(tmp_path, 10, large=10)
     steps.uploader._require_place(store)
-    upload, taken = steps.uploader._upload, replace(B, before=(A.session,))
+    upload, taken = steps.uploader._upload, B
 
     def upload_meanwhile(*arguments: Any) -> None:
         write_owner(store, url, taken)
