@@ -278,7 +278,9 @@ def _sweep(committed: Committed, state: Any, context: dict[str, Any]) -> None:
         in_use += not_uploaded(cfg, context)
         swept = sweep_after_save(committed.path.parent, committed.iteration, directory_policies(cfg), trash, in_use)
     elif committed.kind == "non_persistent_global":
-        swept = sweep_after_save(committed.path.parent, committed.iteration, (MostRecent(1),), trash)
+        starts_in = save_directory(cfg)
+        newest = (MostRecent(1),)
+        swept = sweep_after_save(committed.path.parent, committed.iteration, newest, trash, starts_in=starts_in)
     else:
         return
     if swept is not None:

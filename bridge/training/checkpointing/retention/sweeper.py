@@ -55,6 +55,7 @@ def sweep_after_save(
     policies: Sequence[Policy],
     trash: Trash,
     in_use: Iterable[Path] = (),
+    starts_in: Path | None = None,
 ) -> Swept | None:
     """Let go what no policy keeps, now that `iteration` is published and tracked.
 
@@ -67,12 +68,13 @@ def sweep_after_save(
         policies: each keeps what it names, as `policies_of` gives them; without any, everything is kept.
         trash: deletes in the background.
         in_use: paths of checkpoints that must stay; see `needed_again`.
+        starts_in: the directory that the run notes its starts in; None for `save_dir`.
 
     Returns:
         What was done; None if it failed, or there is no policy.
     """
     try:
-        moved = sweep(save_dir, policies, saved=iteration, in_use=in_use) if policies else []
+        moved = sweep(save_dir, policies, saved=iteration, in_use=in_use, starts_in=starts_in) if policies else []
         trash.delete(moved)
         if not policies:
             return None
@@ -85,7 +87,12 @@ def sweep_after_save(
 
 
 def sweep(
-    save_dir: Path, policies: Sequence[Policy], *, saved: int | None = None, in_use: Iterable[Path] = ()
+    save_dir: Path,
+    policies: Sequence[Policy],
+    *,
+    saved: int | None = None,
+    in_use: Iterable[Path] = (),
+    starts_in: Path | None = None,
 ) -> list[Path]:
     """Move the checkpoints that no policy keeps out of sight.
 
@@ -97,6 +104,7 @@ def sweep(
         policies: each keeps what it names; without any, everything is kept.
         saved: a checkpoint to keep whatever its number.
         in_use: paths of checkpoints to keep; they may lead here through links.
+        starts_in: the directory that the run notes its starts in; None for `save_dir`.
 
     Returns:
         What is now to be deleted, under `.trash-` names.
@@ -106,7 +114,7 @@ def sweep(
         CheckpointNotFoundError: there is no tracker that names an iteration; nothing has been moved.
         OSError: the directory cannot be read.
     """
-    plan = plan_sweep(save_dir, policies, saved=saved, in_use=in_use)
+    plan = plan_sweep(save_dir, policies, saved=saved, in_use=in_use, starts_in=starts_in)
     return _move_out(plan.listing, plan.removable)
 
 
@@ -126,12 +134,17 @@ class SweepPlan:
 
 
 def plan_sweep(
-    save_dir: Path, policies: Sequence[Policy], *, saved: int | None = None, in_use: Iterable[Path] = ()
+    save_dir: Path,
+    policies: Sequence[Policy],
+    *,
+    saved: int | None = None,
+    in_use: Iterable[Path] = (),
+    starts_in: Path | None = None,
 ) -> SweepPlan:
     """Find out what `sweep` would move out of sight, and move nothing. Arguments and errors are those of `sweep`."""
     listing = list_checkpoints(save_dir)
     tracked = _tracked(listing)
-    entries = committed_entries(listing)
+    entries = committed_entries(listing, starts_in)
     if not tracked:
         raise CheckpointNotFoundError(f"{save_dir} has no tracker that names an iteration")
     if tracked[0] not in {entry.iteration for entry in entries}:
@@ -144,8 +157,12 @@ def plan_sweep(
     return SweepPlan(listing, tuple(entries), tuple(tracked), frozenset(used), tuple(goes))
 
 
-def committed_entries(listing: Listing) -> list[Entry]:
+def committed_entries(listing: Listing, starts_in: Path | None = None) -> list[Entry]:
     """The committed, unmarked checkpoints of a directory: by name, by being a directory, no link, and by manifest.
+
+    Args:
+        listing: of the directory.
+        starts_in: the directory that the run notes its starts in; None for this one.
 
     Raises:
         CheckpointDamagedError: what the run has left behind is noted there, and what is noted is damaged: whoever does
@@ -167,11 +184,12 @@ def committed_entries(listing: Listing) -> list[Entry]:
             continue
         if entry is not None and entry.iteration == iteration:
             found_entries.append((entry, start))
-    starts = read_starts(listing.path) if any(start for _, start in found_entries) else Starts()
+    noted_in = starts_in or listing.path
+    starts = read_starts(noted_in) if any(start for _, start in found_entries) else Starts()
     told = starts.judge_to_delete((entry.iteration, start) for entry, start in found_entries)
     entries = [replace(entry, left_behind=left) for (entry, _), left in zip(found_entries, told, strict=True)]
     if None in told and not starts.entries:
-        logger.warning("%s", lost_starts(listing.path))
+        logger.warning("%s", lost_starts(noted_in))
     return entries
 
 
