@@ -17,7 +17,7 @@ from bridge.training.checkpointing.collecting import (
     exchange,
 )
 from bridge.training.checkpointing.contents.extra_state import is_model_section
-from bridge.training.checkpointing.failed_steps import step
+from bridge.training.checkpointing.failed_steps import attempted, step
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.formats import Format
@@ -47,6 +47,8 @@ SAVE_FORMAT = "save_format"
 
 SNAPSHOT_STRUCTURE = "local_checkpoint_cache"
 """Key of the checkpointing context: how ranks share the state in local and in-memory checkpoints."""
+
+_STAGING = "making the staging directory"
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,17 @@ def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
         commit.make_staging(staging)
         return has_room_for_recent_size(room)
 
+    def begin_on_first() -> bool:
+        if not ranks.is_first:
+            return True
+        with step(_STAGING, for_all=True):
+            return with_retries(_STAGING, begin, policy, rank=0)
+
     def begin_and_capture() -> tuple[Captured, bool]:
-        has_room = True
-        if ranks.is_first:
-            phase = "making the staging directory"
-            with step(phase, for_all=True):
-                has_room = with_retries(phase, begin, policy, rank=0)
-        return capture(job.live, job.prebuilt_state_dict), has_room
+        begun = attempted(_STAGING, begin_on_first)
+        # Whatever has become of it: what a user's model or iterator does here may need all ranks.
+        captured = capture(job.live, job.prebuilt_state_dict)
+        return captured, begun()
 
     try:
         captured, room_is_checked = ranks.run_and_ask("beginning the save", begin_and_capture)
