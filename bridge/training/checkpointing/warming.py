@@ -39,6 +39,8 @@ class WarmUp:
 
     def know(self, model: list[Any], optimizer: Any | None, groups: Any | None) -> None:
         """What is going to be saved, and the process groups of the ranks that share it."""
+        if self._steps > 1 or not _is_wanted(self.checkpoint_config):
+            return
         self.model, self.optimizer, self.groups = model, optimizer, groups
 
     def before_step(self, state: Any) -> None:
@@ -88,7 +90,8 @@ def expected_bytes(cfg: Any, model: list[Any], optimizer: Any | None, groups: An
 
 def _is_wanted(cfg: Any) -> bool:
     """Whether there will be a save that the writer process writes, and not only one at the end."""
-    every = cfg.save_interval or cfg.save_interval_minutes or cfg.non_persistent_save_interval
+    is_global = cfg.non_persistent_ckpt_type == "global"
+    every = cfg.save_interval or cfg.save_interval_minutes or (is_global and cfg.non_persistent_save_interval)
     writes = cfg.ckpt_format in ("torch_dist", "fsdp_dtensor") and cfg.io_backend == "direct"
     return bool(cfg.async_save and cfg.save is not None and writes and every)
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from bridge.training.checkpointing.background import KILL_SECONDS, how_it_ended, seconds_until
 from bridge.training.checkpointing.errors import CheckpointSaveError
 from bridge.training.checkpointing.integrity import FileRecord
@@ -125,11 +127,12 @@ class BackgroundWriter:
             wait: return when both are ready.
         """
         self._finish_warming()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there can be no more threads
             process, connection = self._start()
             if size and self._writing is None and self._image.has_room(size):
-                self._warming = threading.Thread(target=_reserve, args=(self._image, size), daemon=True)
-                self._warming.start()
+                warming = threading.Thread(target=_reserve, args=(self._image, size, _device()), daemon=True)
+                warming.start()
+                self._warming = warming
             if wait:
                 self._finish_warming()
                 self._wait_until_ready(process, connection)
@@ -282,8 +285,16 @@ class BackgroundWriter:
             end()
 
 
-def _reserve(image: HostImage, size: int) -> None:
+def _device() -> int | None:
+    """The device whose values are copied into the memory; None where they are in memory themselves."""
+    return torch.cuda.current_device() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+
+def _reserve(image: HostImage, size: int, device: int | None) -> None:
+    """Get memory ready, in a thread: one of those begins with the first device, whatever its process uses."""
     with contextlib.suppress(OSError):
+        if device is not None:
+            torch.cuda.set_device(device)
         image.reserve(size)
 
 

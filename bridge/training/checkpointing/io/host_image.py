@@ -29,6 +29,8 @@ _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23  # <asm-generic/mman-common.h>
 _NOTHING = mmap.mmap(-1, 1)
 _SPARE = 256 << 20
 """Bytes of the machine's memory that are left alone, for each rank."""
+_SLICE = 32 << 20
+"""Bytes made ready at a time. Whoever forks or maps memory meanwhile in the same process waits for one of these."""
 _UNKNOWN = {errno.EINVAL, errno.ENOSYS}
 
 
@@ -82,8 +84,10 @@ class HostImage:
             os.ftruncate(kept, size)
             memory = mmap.mmap(kept, size)
             address = ctypes.addressof(ctypes.c_ubyte.from_buffer(memory))
-            for advice in (_MADV_HUGEPAGE, mmap.MADV_DONTFORK, _MADV_POPULATE_WRITE):
+            for advice in (_MADV_HUGEPAGE, mmap.MADV_DONTFORK):
                 _advise(address, size, advice)
+            for at in range(0, size, _SLICE):
+                _advise(address + at, min(_SLICE, size - at), _MADV_POPULATE_WRITE)
         except BaseException:
             os.close(kept)
             raise
