@@ -169,13 +169,15 @@ class SaveRecord:
 def record_skipped(
     events: EventStream, pace: Pace, iteration: int, tier: CheckpointKind, checkpoint_format: str, directory: Path
 ) -> bool:
-    """A save that was due is left out; return whether it is the first since one began, so that people are to be told.
+    """A save that was due is left out; return whether it is the first since one began: only that one is told of.
 
     With a rule of time a save is due at every step until one is made.
     """
     pace.skipped += 1
+    if pace.skipped > 1:
+        return False
     events.emit(SaveSkipped(iteration=iteration, tier=tier, checkpoint_format=checkpoint_format, path=str(directory)))
-    return pace.skipped == 1
+    return True
 
 
 def record_alone(event: Event, checkpoint: Path) -> None:
