@@ -103,8 +103,8 @@ def list_all(
         rows += snapshot_rows(settings)
         if cfg is None and recorder is None and (directory / SESSION).is_file():
             notes.append(
-                "a run has kept local or in-memory checkpoints, and where those are only its settings say: give them "
-                "to doctor with --recipe"
+                "a run may have kept local or in-memory checkpoints, and where those are only its settings say: give "
+                "them to doctor with --recipe"
             )
     rows = _with_history(settings, rows)
     rows.sort(key=lambda row: (-1 if row.iteration is None else row.iteration, row.kind != "persistent"))

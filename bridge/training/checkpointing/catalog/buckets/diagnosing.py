@@ -11,6 +11,7 @@ from bridge.training.checkpointing.catalog.buckets.listing import (
     list_in_bucket,
     listing_at,
     owner_of,
+    recorded_bytes,
     tracker_problems,
 )
 from bridge.training.checkpointing.catalog.diagnosing import (
@@ -92,7 +93,7 @@ def _of_newer(listed: Listed) -> Iterator[Finding]:
 def _recorded(store: ObjectStore, place: str) -> ConfigContainer | None:
     """The configuration of the run that saved a checkpoint; None where it has none that can be read here."""
     try:
-        config = store.find(ObjectUrl.parse(place).key(RUN_CONFIG))
+        config = recorded_bytes(store, ObjectUrl.parse(place))
     except ObjectStoreError:
         return None
     if config is None:

@@ -168,12 +168,24 @@ def _rows(listing: BucketListing) -> Iterator[CatalogEntry]:
         yield CatalogEntry(Path(name), iteration, "persistent", "damaged", "", problem=problem, url=name)
 
 
+def recorded_bytes(store: ObjectStore, place: ObjectUrl) -> bytes | None:
+    """A checkpoint's `run_config.yaml`; None where it is absent or damaged.
+
+    Raises:
+        ObjectStoreError: the store cannot be read.
+    """
+    try:
+        return store.find(place.key(RUN_CONFIG))
+    except CheckpointDamagedError:
+        return None
+
+
 def _recorded(store: ObjectStore, listing: BucketListing, url: ObjectUrl) -> tuple[CheckpointConfig, list[str]]:
     """The settings of the run that saved last, as far as its checkpoint tells them, and what they leave open."""
     newest = listing.tracked if listing.tracked in listing.manifests else max(listing.manifests, default=None)
     with tempfile.TemporaryDirectory(prefix="bridge-view-") as view:
         if newest is not None:
-            config = store.find(listing.url.key(iteration_name(newest), RUN_CONFIG))
+            config = recorded_bytes(store, listing.url / iteration_name(newest))
             if config is not None:
                 (Path(view) / RUN_CONFIG).write_bytes(config)
         found, doubts = recorded_settings(Path(view), Path(view)), recorded_doubts(Path(view))

@@ -22,6 +22,7 @@ from bridge.training.checkpointing.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     NotACheckpointError,
+    NotEnoughSpaceError,
     ObjectStoreError,
 )
 from bridge.training.checkpointing.integrity import FileRecord, Manifest
@@ -188,7 +189,7 @@ class _Checking:
         try:
             with downloaded(self.store, self.place, small_files(manifest), marker) as directory, collected():
                 describe(Source(directory, False, "it is verified"), "off")
-        except ObjectStoreError:
+        except (ObjectStoreError, NotEnoughSpaceError):
             raise
         except (CheckpointDamagedError, NotACheckpointError) as error:
             return [str(error).removeprefix(f"{self.place} is damaged: ")]
