@@ -194,11 +194,12 @@ def assert_script_accepts(words: list[str]) -> None:
         start = next(index for index, word in enumerate(words) if word.endswith(".py"))
         assert {word for word in words[2:start] if word.startswith("-")} <= {"--standalone", "--nproc-per-node"}
         words = words[start:]
-    script, arguments = words[0], words[1:]
+    length = 2 if words[0] == "-m" else 1
+    script, arguments = tuple(words[:length]), words[length:]
     options = {word for word in arguments if word.startswith("--")}
     known = set(re.findall(r"--[a-z][a-z-]*", help_of(script)))
     assert options <= known
-    if script == "scripts/pretrain.py":
+    if script == ("scripts/pretrain.py",):
         files = {name: values_of(arguments, name) for name in ("--recipe", "--overlay")}
         overrides = [word for word in arguments if re.match(r"[a-z_]+\.[a-z_]+=", word)]
         recipe = ROOT / files["--recipe"][0]
@@ -211,8 +212,8 @@ def values_of(arguments: list[str], option: str) -> list[str]:
 
 
 @cache
-def help_of(script: str) -> str:
-    command = [sys.executable, script, "--help"]
+def help_of(script: tuple[str, ...]) -> str:
+    command = [sys.executable, *script, "--help"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
 
 

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def run_until(
             os._exit(status)
     _, status = os.waitpid(leader, 0)
     _kill_session(leader)
+    _wait_until_gone(leader)
     killed = os.WIFSIGNALED(status)
     if not killed and os.waitstatus_to_exitcode(status) != 0:
         raise AssertionError(f"the job failed by itself before operation {operation}")
@@ -75,14 +77,31 @@ def _touches(arguments: tuple[Any, ...], watched: str) -> bool:
 
 def _kill_session(session: int) -> None:
     """SIGKILL to every process of a session, the caller last if it is one of them."""
-    members = [
-        pid
-        for pid in map(int, filter(str.isdigit, [entry.name for entry in Path("/proc").iterdir()]))
-        if _session_of(pid) == session
-    ]
-    for pid in sorted(members, key=lambda pid: pid == os.getpid()):
+    for pid in sorted(_members(session), key=lambda pid: pid == os.getpid()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _wait_until_gone(session: int) -> None:
+    """Orphans that were killed hold their locks until they are gone, which takes a while on a busy machine."""
+    deadline = time.monotonic() + 60
+    while any(map(_is_alive, _members(session))):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"processes of session {session} do not go away")
+        time.sleep(0.01)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def _members(session: int) -> list[int]:
+    numbers = map(int, filter(str.isdigit, [entry.name for entry in Path("/proc").iterdir()]))
+    return [pid for pid in numbers if _session_of(pid) == session]
 
 
 def _session_of(pid: int) -> int | None:
