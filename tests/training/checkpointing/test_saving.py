@@ -1,6 +1,7 @@
 """What a save leaves on disk, and what it leaves when one rank cannot write."""
 
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -219,6 +220,42 @@ def test_a_directory_that_vanishes_during_a_save_is_an_error_on_all_ranks(tmp_pa
     assert (again, again_too) == ("saved", "saved")
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert not (tmp_path / "iter_0000001").exists()
+
+
+class Agreeing:
+    """A data iterator whose ranks talk to one another about its state."""
+
+    def save_state(self) -> dict[str, int]:
+        position = torch.ones(1)
+        dist.all_reduce(position)
+        return {"position": int(position)}
+
+
+def save_where_a_file_is(cfg: Any) -> tuple[str, int]:
+    """Rank 0 alone finds that there can be no directory; afterwards there can, and saving works."""
+    run = setup(cfg)
+    run.train_data_iterator = Agreeing()
+    run.state.train_state.step = 1
+    save(run)
+    path = Path(cfg.checkpoint.save)
+    if dist.get_rank() == 0:
+        shutil.rmtree(path)
+        path.write_text("")
+    dist.barrier()
+    run.state.train_state.step = 2
+    failed = outcome_of(lambda: save(run))
+    told = torch.ones(1)
+    dist.all_reduce(told)  # nobody is left in an exchange of the save
+    return failed, int(told)
+
+
+def test_a_directory_that_cannot_be_made_leaves_no_rank_in_an_exchange_of_the_users(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    cfg = tiny_config(checkpoint={"save": str(path), "save_retries": 0})
+    (first, told), (second, told_too) = run_ranks(save_where_a_file_is, 2, cfg, timeout=120)
+    assert first == second
+    assert first.startswith("CheckpointSaveError: ") and str(path) in first
+    assert (told, told_too) == (2, 2)
 
 
 def save_with_a_failing_callback(cfg: Any) -> str:

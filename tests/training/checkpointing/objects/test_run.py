@@ -85,7 +85,7 @@ def test_a_run_that_saves_to_a_bucket_counts_what_is_there(
     staging = tmp_path / "staging"
     settings = {"save": str(url), "load": str(url), "staging_dir": str(staging), "staging_keep": 1, "save_interval": 1}
     found = several(1, (3, {**settings, "most_recent_k": 2}), (4, settings))[0]
-    assert [each["started at"] for each in found] == [0, 3]
+    assert [each if isinstance(each, str) else each["started at"] for each in found] == [0, 3]
     assert found[1]["loaded from"] == str(staging / "iter_0000003")
     assert require_truthful(store, url) == {2, 3, 4}
     # That of iteration 3 goes as soon as it is known to be in the bucket, which may be after the last save.
