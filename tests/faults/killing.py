@@ -92,11 +92,12 @@ def _wait_until_gone(session: int) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    """Whether any of a process's threads is left: the first may be over while others still hold its files."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
+        states = [task.read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:  # one has just gone
+        return Path(f"/proc/{pid}").exists()
+    return any(state not in "ZX" for state in states)
 
 
 def _members(session: int) -> list[int]:
