@@ -89,6 +89,8 @@ class SharedDirectory:
     """Deletes what retention lets go."""
     in_use: Sequence[Path] = ()
     """Checkpoints that retention does not touch."""
+    starts_in: Path | None = None
+    """The directory that the run notes its starts in; None for this one."""
 
     def recent_size(self) -> Estimate | None:
         """The size of the newest checkpoint there; None if there is none that says."""
@@ -133,7 +135,7 @@ class SharedDirectory:
     def _retention_bytes(self, iteration: int) -> int:
         """What a sweep after the save of `iteration` would let go, and the checkpoint that the save replaces."""
         listing = list_checkpoints(self.path)
-        others = [entry for entry in committed_entries(listing) if entry.iteration != iteration]
+        others = [entry for entry in committed_entries(listing, self.starts_in) if entry.iteration != iteration]
         places = {path.expanduser().resolve() for path in self.in_use}
         used = [i for i in listing.iterations if (self.path / iteration_name(i)).resolve() in places]
         gone = {*removable([*others, Entry(iteration, time.time())], self.policies, iteration, used), iteration}

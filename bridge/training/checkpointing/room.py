@@ -7,7 +7,7 @@ from typing import Any
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.disk import Estimate, SharedDirectory, require_local, state_bytes
-from bridge.training.checkpointing.objects.places import directory_policies
+from bridge.training.checkpointing.objects.places import directory_policies, save_directory
 from bridge.training.checkpointing.retention.policies import MostRecent
 from bridge.training.checkpointing.retention.sweeper import needed_again
 from bridge.training.checkpointing.retention.trash import trash_of
@@ -22,7 +22,8 @@ def room_for(target: SaveTarget, state: Any, context: dict[str, Any]) -> SharedD
     if not cfg.check_free_space:
         return None
     if target.kind == "non_persistent_global":
-        return SharedDirectory(target.save_dir, SETTING, (MostRecent(1),), trash_of(context))
+        starts_in = save_directory(cfg)
+        return SharedDirectory(target.save_dir, SETTING, (MostRecent(1),), trash_of(context), starts_in=starts_in)
     in_use = needed_again(cfg, state.loaded_from, state.base_checkpoint)
     return SharedDirectory(target.save_dir, "checkpoint.save", directory_policies(cfg), trash_of(context), in_use)
 

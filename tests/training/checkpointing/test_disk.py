@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,9 +26,13 @@ from bridge.training.checkpointing.disk import (
     shortages,
 )
 from bridge.training.checkpointing.integrity import FileRecord, Manifest, read_manifest, write_manifest
-from bridge.training.checkpointing.layout import iteration_name
+from bridge.training.checkpointing.layout import iteration_name, list_checkpoints
 from bridge.training.checkpointing.retention.policies import MostRecent
 from bridge.training.checkpointing.retention.trash import Trash
+from bridge.training.checkpointing.room import room_for
+from bridge.training.checkpointing.starts import STARTS, Starts, write_starts
+from bridge.training.checkpointing.tiers.global_directory import GlobalTier
+from bridge.training.checkpointing.transaction import SaveTarget
 from bridge.training.setup import Run, setup
 from tests.distributed.launch import init_ranks, run_ranks
 from tests.training.tiny import tiny_config
@@ -127,11 +132,12 @@ def test_the_room_of_a_directory_that_is_yet_to_be_made_is_that_above_it(disk: P
     assert available_bytes(disk) == DISK - MIB
 
 
-def make_checkpoint(directory: Path, iteration: int, size: int) -> Path:
+def make_checkpoint(directory: Path, iteration: int, size: int, start: int = 0) -> Path:
     path = directory / iteration_name(iteration)
     path.mkdir(parents=True)
     (path / "data").write_bytes(bytes(size))
-    write_manifest(path, Manifest(iteration, "torch_dist", 1, {}, {}, (FileRecord.of(path, "data"),), created=1.0))
+    files = (FileRecord.of(path, "data"),)
+    write_manifest(path, Manifest(iteration, "torch_dist", 1, {}, {}, files, created=1.0, start=start))
     return path
 
 
@@ -187,6 +193,23 @@ def test_what_retention_would_delete_is_what_it_deletes(
     with pytest.raises(NotEnoughSpaceError) as caught:
         shared(disk, in_use=(paths[1],) if in_use else ()).require(Estimate(2 * DISK, "x"), iteration)
     assert expected in str(caught.value)
+
+
+def test_non_persistent_checkpoints_are_judged_by_the_starts_of_the_save_directory(
+    disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_starts(disk, Starts().followed_by(1, 0))
+    make_checkpoint(disk / "non_persistent", 3, MIB, start=1)
+    cfg = tiny_config(checkpoint={"save": str(disk)})
+    tier = GlobalTier.of(cfg.checkpoint, "a session", Trash())
+    target = SaveTarget(tier.directory, 4, tier.kind)
+    room = room_for(target, SimpleNamespace(cfg=cfg), {})
+    assert room is not None
+    with pytest.raises(NotEnoughSpaceError, match=r"reclaimable are 1\.0 MiB in checkpoints that retention"):
+        room.require(Estimate(2 * DISK, "x"), 4)
+    tier.forget_newer(2, Ranks.current())
+    assert list_checkpoints(tier.directory).iterations == ()
+    assert [record.getMessage() for record in caplog.records if STARTS in record.getMessage()] == []
 
 
 def test_a_save_waits_for_deleted_checkpoints_if_that_makes_room(disk: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -169,7 +169,23 @@ def committed_entries(listing: Listing, starts_in: Path | None = None) -> list[E
             not know it would delete the wrong ones.
         OSError: it cannot be read now.
     """
-    found_entries = []
+    found = list(_committed(listing))
+    noted_in = starts_in or listing.path
+    starts = read_starts(noted_in) if any(start for _, start in found) else Starts()
+    told = starts.judge_to_delete((entry.iteration, start) for entry, start in found)
+    entries = [replace(entry, left_behind=left) for (entry, _), left in zip(found, told, strict=True)]
+    if None in told and not starts.entries:
+        logger.warning("%s", lost_starts(noted_in))
+    return entries
+
+
+def committed_iterations(listing: Listing) -> list[int]:
+    """The iterations of `committed_entries`, whatever the run has left behind."""
+    return [entry.iteration for entry, _ in _committed(listing)]
+
+
+def _committed(listing: Listing) -> Iterator[tuple[Entry, int]]:
+    """Each committed checkpoint, and the number of the start that saved it."""
     for iteration in listing.iterations:
         path = listing.path / iteration_name(iteration)
         if path.is_symlink() or is_marked(path):
@@ -183,14 +199,7 @@ def committed_entries(listing: Listing, starts_in: Path | None = None) -> list[E
             logger.warning("retention neither counts nor deletes %s: %s", path, error)
             continue
         if entry is not None and entry.iteration == iteration:
-            found_entries.append((entry, start))
-    noted_in = starts_in or listing.path
-    starts = read_starts(noted_in) if any(start for _, start in found_entries) else Starts()
-    told = starts.judge_to_delete((entry.iteration, start) for entry, start in found_entries)
-    entries = [replace(entry, left_behind=left) for (entry, _), left in zip(found_entries, told, strict=True)]
-    if None in told and not starts.entries:
-        logger.warning("%s", lost_starts(noted_in))
-    return entries
+            yield entry, start
 
 
 @lru_cache(maxsize=10_000)

@@ -24,7 +24,7 @@ from bridge.training.checkpointing.layout import (
 )
 from bridge.training.checkpointing.objects.places import save_directory
 from bridge.training.checkpointing.resolve import Offer, Source
-from bridge.training.checkpointing.retention.sweeper import committed_entries
+from bridge.training.checkpointing.retention.sweeper import committed_iterations
 from bridge.training.checkpointing.retention.trash import Trash
 from bridge.training.checkpointing.source import find_source, require_whole
 from bridge.training.checkpointing.stored import DirectoryCheckpoint, StoredCheckpoint
@@ -97,7 +97,7 @@ class GlobalTier:
 
     def _forget_newer(self, iteration: int) -> None:
         listing = list_checkpoints(self.directory)
-        stale = [entry.iteration for entry in committed_entries(listing) if entry.iteration > iteration]
+        stale = [found for found in committed_iterations(listing) if found > iteration]
         if not stale:
             return
         logger.warning(
