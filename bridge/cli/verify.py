@@ -49,7 +49,7 @@ def command(
     quiet: bool,
 ) -> int:
     """Carry it out; return the exit status."""
-    from bridge.training.checkpointing.catalog.verifying import THREADS
+    from bridge.training.checkpointing.catalog.reading import THREADS
     from bridge.training.checkpointing.safety.safe_globals import allow
 
     allow(safe_globals)

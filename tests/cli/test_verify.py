@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
 
 from bridge.training.checkpointing.catalog.payload import payload_problems
+from bridge.training.checkpointing.catalog.reading import Reading
 from bridge.training.checkpointing.catalog.verifying import _damage
 from bridge.training.checkpointing.integrity import read_manifest
 from bridge.training.checkpointing.layout import (
@@ -166,11 +166,10 @@ def test_reading_ends_when_nobody_waits(trained: Path) -> None:
     assert manifest is not None
     record = manifest.record(SHARD)
     assert record is not None
-    stop = threading.Event()
-    assert _damage(path, record, stop) == []
-    stop.set()
+    with Reading.begun(1, None) as reading:
+        assert _damage(path, reading, record) == []
     with pytest.raises(CancelledError):
-        _damage(path, record, stop)
+        _damage(path, reading, record)
 
 
 def test_arrays_without_a_manifest(tmp_path: Path) -> None:

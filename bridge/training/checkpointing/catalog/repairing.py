@@ -11,7 +11,8 @@ from bridge.training.checkpointing import commit, ownership
 from bridge.training.checkpointing.catalog.choosing import choose
 from bridge.training.checkpointing.catalog.foreseen import foreseen
 from bridge.training.checkpointing.catalog.owners import find_owner
-from bridge.training.checkpointing.catalog.verifying import Report, verify_directory
+from bridge.training.checkpointing.catalog.reading import Report
+from bridge.training.checkpointing.catalog.verifying import verify_directory
 from bridge.training.checkpointing.catalog.warnings import collected
 from bridge.training.checkpointing.detection import read_metadata
 from bridge.training.checkpointing.errors import (

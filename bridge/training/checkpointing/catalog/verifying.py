@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from bridge.training.checkpointing import checksums
 from bridge.training.checkpointing.catalog.entries import trackers_of
 from bridge.training.checkpointing.catalog.origins import require_foreign
 from bridge.training.checkpointing.catalog.payload import payload_problems
+from bridge.training.checkpointing.catalog.reading import BLOCK, Reading, Report
 from bridge.training.checkpointing.catalog.warnings import collected
 from bridge.training.checkpointing.errors import (
     CheckpointDamagedError,
@@ -39,13 +38,7 @@ from bridge.training.checkpointing.source import describe, require_whole
 from bridge.training.checkpointing.trackers import read_tracker, sound_tracker
 
 Level = Literal["sizes", "full"]
-Report = Callable[[str, int, int], None]
-"""Told of a step how many bytes of how many are done."""
 _MOST_THREADS = 8
-_BLOCK = 8 << 20
-"""Bytes."""
-THREADS = "bridge-verify"
-"""How the names of the threads begin that read."""
 
 
 @dataclass(frozen=True)
@@ -123,36 +116,16 @@ def verify_directory(
     """
     paths, problems, to_repair = _to_check(directory, step)
     found = []
-    stop = threading.Event()
-    pool = ThreadPoolExecutor(threads or min(_MOST_THREADS, os.cpu_count() or 1), THREADS)
-    try:
+    with Reading.begun(threads or min(_MOST_THREADS, os.cpu_count() or 1), report) as reading:
         for path in paths:
-            verified = _verify(path, level, _Reading(pool, stop, report or _quiet))
+            verified = _verify(path, level, reading)
             if verified is not None:
                 found.append(verified)
                 if done is not None:
                     done(verified)
-    finally:
-        # Whoever interrupts this does not wait until files of a hundred gigabytes have been read to their end.
-        stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
     if not found and not problems:
         raise CheckpointNotFoundError(f"what there was to check in {directory} has been deleted meanwhile")
     return Verification(directory, level, tuple(found), tuple(problems), tuple(to_repair))
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """How files are read."""
-
-    pool: ThreadPoolExecutor
-    stop: threading.Event
-    """Set when nobody waits for the result any more."""
-    report: Report
-
-
-def _quiet(step: str, done: int, total: int) -> None:
-    del step, done, total
 
 
 def _to_check(directory: Path, step: int | None) -> tuple[list[Path], list[str], list[Path]]:
@@ -222,7 +195,7 @@ def _tracker_problems(directory: Path) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def _verify(path: Path, level: Level, reading: _Reading) -> Verified | None:
+def _verify(path: Path, level: Level, reading: Reading) -> Verified | None:
     """None where it has been deleted meanwhile, as by the retention of a run."""
     manifest: Manifest | None = None
     problems: list[str] = []
@@ -238,7 +211,7 @@ def _verify(path: Path, level: Level, reading: _Reading) -> Verified | None:
         else:
             checked, size = len(manifest.files), manifest.total_bytes
             if level == "full":
-                problems = _read_all(path, manifest.files, reading)
+                problems = reading.problems(path.name, manifest.files, partial(_damage, path, reading))
         if not problems:
             _describe(path, notes)
     except CheckpointError as error:
@@ -254,38 +227,23 @@ def _verify(path: Path, level: Level, reading: _Reading) -> Verified | None:
     return Verified(path, not problems, tuple(problems), tuple(notes), checked, size, manifest is not None)
 
 
-def _read_all(path: Path, records: Sequence[FileRecord], reading: _Reading) -> list[str]:
-    total, done = sum(record.size for record in records), 0
-    reading.report(f"reading {path.name}", 0, total)
-    problems: list[str] = []
-    # The largest first, so that no thread is left with one in the end.
-    largest_first = sorted(records, key=lambda record: -record.size)
-    futures = {reading.pool.submit(_damage, path, record, reading.stop): record for record in largest_first}
-    for future in as_completed(futures):
-        problems += future.result()
-        done += futures[future].size
-        reading.report(f"reading {path.name}", done, total)
-    return sorted(problems)
-
-
-def _damage(path: Path, record: FileRecord, stop: threading.Event) -> list[str]:
-    """As `find_damage` with checksums, of one file; given up between two blocks when nobody waits for it."""
+def _damage(path: Path, reading: Reading, record: FileRecord) -> list[str]:
+    """As `find_damage` with checksums, of one file."""
     problems = find_damage(path, [record])
     if problems:
         return problems
-    hasher = checksums.new_hasher(record.kind)
     try:
-        with (path / record.name).open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                hasher.update(block)
-                if stop.is_set():
-                    raise CancelledError
+        return reading.compare(record, _blocks(path / record.name))
     except OSError as error:
         if not tells_of_damage(error):
             raise
         return [f"{record.name} cannot be read: {error.strerror or error}"]
-    found = hasher.hexdigest()
-    return [] if found == record.checksum else [f"{record.name} has {record.kind} {found} instead of {record.checksum}"]
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            yield block
 
 
 def _describe(path: Path, notes: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from bridge.training.checkpointing.catalog.buckets.listing import (
     OPTIONS,
     list_in_bucket,
     listing_at,
+    only_configured,
     owner_of,
-    recorded_bytes,
     tracker_problems,
 )
 from bridge.training.checkpointing.catalog.diagnosing import (
@@ -26,7 +25,7 @@ from bridge.training.checkpointing.catalog.diagnosing import (
 from bridge.training.checkpointing.catalog.listing import Listed, best_of
 from bridge.training.checkpointing.catalog.owners import Owner
 from bridge.training.checkpointing.errors import ObjectStoreError
-from bridge.training.checkpointing.layout import RUN_CONFIG, iteration_name
+from bridge.training.checkpointing.layout import iteration_name
 from bridge.training.checkpointing.objects.client import ObjectStore
 from bridge.training.checkpointing.objects.listing import BucketListing
 from bridge.training.config import ConfigContainer
@@ -93,11 +92,7 @@ def _of_newer(listed: Listed) -> Iterator[Finding]:
 def _recorded(store: ObjectStore, place: str) -> ConfigContainer | None:
     """The configuration of the run that saved a checkpoint; None where it has none that can be read here."""
     try:
-        config = recorded_bytes(store, ObjectUrl.parse(place))
+        with only_configured(store, ObjectUrl.parse(place)) as view:
+            return recorded_config(view)
     except ObjectStoreError:
         return None
-    if config is None:
-        return None
-    with tempfile.TemporaryDirectory(prefix="bridge-view-") as view:
-        (Path(view) / RUN_CONFIG).write_bytes(config)
-        return recorded_config(Path(view))

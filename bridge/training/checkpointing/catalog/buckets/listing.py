@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,27 +169,28 @@ def _rows(listing: BucketListing) -> Iterator[CatalogEntry]:
         yield CatalogEntry(Path(name), iteration, "persistent", "damaged", "", problem=problem, url=name)
 
 
-def recorded_bytes(store: ObjectStore, place: ObjectUrl) -> bytes | None:
-    """A checkpoint's `run_config.yaml`; None where it is absent or damaged.
+@contextmanager
+def only_configured(store: ObjectStore, place: ObjectUrl | None) -> Iterator[Path]:
+    """A directory with a checkpoint's `run_config.yaml` and nothing else; without it where it is absent or damaged.
 
     Raises:
         ObjectStoreError: the store cannot be read.
     """
-    try:
-        return store.find(place.key(RUN_CONFIG))
-    except CheckpointDamagedError:
-        return None
+    config = None
+    if place is not None:
+        with suppress(CheckpointDamagedError):
+            config = store.find(place.key(RUN_CONFIG))
+    with tempfile.TemporaryDirectory(prefix="bridge-view-") as view:
+        if config is not None:
+            (Path(view) / RUN_CONFIG).write_bytes(config)
+        yield Path(view)
 
 
 def _recorded(store: ObjectStore, listing: BucketListing, url: ObjectUrl) -> tuple[CheckpointConfig, list[str]]:
     """The settings of the run that saved last, as far as its checkpoint tells them, and what they leave open."""
     newest = listing.tracked if listing.tracked in listing.manifests else max(listing.manifests, default=None)
-    with tempfile.TemporaryDirectory(prefix="bridge-view-") as view:
-        if newest is not None:
-            config = recorded_bytes(store, listing.url / iteration_name(newest))
-            if config is not None:
-                (Path(view) / RUN_CONFIG).write_bytes(config)
-        found, doubts = recorded_settings(Path(view), Path(view)), recorded_doubts(Path(view))
+    with only_configured(store, None if newest is None else listing.url / iteration_name(newest)) as view:
+        found, doubts = recorded_settings(view, view), recorded_doubts(view)
     if found.non_persistent_ckpt_type is not None:
         doubts.append(
             f"the run has recorded checkpoint.non_persistent_ckpt_type: {found.non_persistent_ckpt_type}, and what it "

@@ -5,16 +5,15 @@ Objects are read where they are, a block at a time.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from bridge.training.checkpointing import checksums
 from bridge.training.checkpointing.catalog.buckets.examining import downloaded
 from bridge.training.checkpointing.catalog.buckets.listing import listing_at, require_any, tracker_problems
-from bridge.training.checkpointing.catalog.verifying import THREADS, Level, Report, Verification, Verified
+from bridge.training.checkpointing.catalog.reading import BLOCK, Reading, Report
+from bridge.training.checkpointing.catalog.verifying import Level, Verification, Verified
 from bridge.training.checkpointing.catalog.warnings import collected
 from bridge.training.checkpointing.errors import (
     CheckpointDamagedError,
@@ -37,8 +36,6 @@ from bridge.training.object_url import ObjectUrl
 
 _THREADS = 8
 """A ranged read spends most of its time waiting for its first byte."""
-_BLOCK = 8 << 20
-"""Bytes."""
 
 
 def verify_bucket(
@@ -65,28 +62,22 @@ def verify_bucket(
         CheckpointNotFoundError: there is no checkpoint, or none of this iteration.
         ObjectStoreError: the store cannot be read.
     """
-    store = ObjectStore(url.bucket, TransferOptions(threads=threads or _THREADS, part_bytes=_BLOCK))
+    store = ObjectStore(url.bucket, TransferOptions(threads=threads or _THREADS, part_bytes=BLOCK))
     listing = listing_at(store, url)
     wanted = _to_check(listing, url, step)
     problems = [] if step is not None else tracker_problems(listing)
     found = []
-    stop = threading.Event()
-    pool = ThreadPoolExecutor(threads or _THREADS, THREADS)
-    try:
+    with Reading.begun(threads or _THREADS, report) as reading:
         for iteration in wanted:
             place = listing.url / iteration_name(iteration)
             if iteration in listing.unreadable:
                 verified: Verified | None = _unreadable(place, listing.unreadable[iteration])
             else:
-                verified = _Checking(store, place, level, pool, stop, report or _quiet).verify()
+                verified = _Checking(store, place, level, reading).verify()
             if verified is not None:
                 found.append(verified)
                 if done is not None:
                     done(verified)
-    finally:
-        # Whoever interrupts this does not wait until objects of a hundred gigabytes have been read to their end.
-        stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
     if not found and not problems:
         raise CheckpointNotFoundError(f"what there was to check in {url} has been deleted meanwhile")
     return Verification(Path(str(url)), level, tuple(found), tuple(problems), url=str(url))
@@ -108,10 +99,6 @@ def _to_check(listing: BucketListing, url: ObjectUrl, step: int | None) -> list[
     return [step]
 
 
-def _quiet(step: str, done: int, total: int) -> None:
-    del step, done, total
-
-
 def _unreadable(place: ObjectUrl, problem: str) -> Verified:
     return Verified(Path(str(place)), False, (problem,), (), 0, 0, False, url=str(place))
 
@@ -123,10 +110,7 @@ class _Checking:
     store: ObjectStore
     place: ObjectUrl
     level: Level
-    pool: ThreadPoolExecutor
-    stop: threading.Event
-    """Set when nobody waits for the result any more."""
-    report: Report
+    reading: Reading
 
     def verify(self) -> Verified | None:
         """None where it has been deleted or replaced meanwhile."""
@@ -152,37 +136,20 @@ class _Checking:
         if self.level == "full":
             there = [record for record in manifest.files if record.name not in gone]
             whole = [record for record in there if objects[record.name].size == record.size]
-            problems += self._read_all(whole, objects)
+            problems += self.reading.problems(self.place.name, whole, partial(self._damage, objects))
         if not problems:
             problems += self._describe(manifest, marker, notes)
         return problems
 
-    def _read_all(self, records: list[FileRecord], objects: Mapping[str, ObjectInfo]) -> list[str]:
-        total, done = sum(record.size for record in records), 0
-        step = f"reading {self.place.name}"
-        self.report(step, 0, total)
-        problems: list[str] = []
-        # The largest first, so that no thread is left with one in the end.
-        largest_first = sorted(records, key=lambda record: -record.size)
-        futures = {self.pool.submit(self._damage, record, objects[record.name]): record for record in largest_first}
-        for future in as_completed(futures):
-            problems += future.result()
-            done += futures[future].size
-            self.report(step, done, total)
-        return sorted(problems)
+    def _damage(self, objects: Mapping[str, ObjectInfo], record: FileRecord) -> list[str]:
+        return self.reading.compare(record, self._blocks(objects[record.name], record.size))
 
-    def _damage(self, record: FileRecord, info: ObjectInfo) -> list[str]:
-        hasher = checksums.new_hasher(record.kind)
-        block = bytearray(min(_BLOCK, record.size))
-        for at, length in parts_of(record.size, _BLOCK):
-            if self.stop.is_set():
-                raise CancelledError
+    def _blocks(self, info: ObjectInfo, size: int) -> Iterator[memoryview]:
+        block = bytearray(min(BLOCK, size))
+        for at, length in parts_of(size, BLOCK):
             piece = memoryview(block)[:length]
             self.store.read(info.key, piece, at, info.etag or None)
-            hasher.update(piece)
-        found = hasher.hexdigest()
-        differs = f"{record.name} has {record.kind} {found} instead of {record.checksum}"
-        return [] if found == record.checksum else [differs]
+            yield piece
 
     def _describe(self, manifest: Manifest, marker: bytes, notes: list[str]) -> list[str]:
         """Read what a run reads first: files that contradict one another, or that cannot be read, are damage."""
