@@ -84,7 +84,7 @@ def test_the_mean_is_a_checkpoint_like_any_other(trained: Path, tmp_path: Path) 
     assert {name for name in files_in(path) if not name.endswith(".distcp")} == files
     common = load_torch_file(path / "common.pt", "common")
     assert common.keys() == {"checkpoint_version", "iteration", "content_metadata"}
-    assert {each.name for each in (tmp_path / "mean").iterdir()} == {NAME, TRACKER, LEGACY_TRACKER, ".bridge-writer"}
+    assert {each.name for each in (tmp_path / "mean").iterdir()} == {NAME, TRACKER, LEGACY_TRACKER}
     assert (tmp_path / "mean" / LEGACY_TRACKER).read_text() == "6"
 
 

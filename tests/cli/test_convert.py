@@ -190,8 +190,7 @@ def test_there_and_back_every_tensor_object_and_file_is_the_same(root: Path, tmp
         for sidecar in ("common.pt", "train_state.pt", *SIDECARS):
             assert (converted.path / sidecar).read_bytes() == before[sidecar]
         save_dir = converted.path.parent
-        own = {".bridge-writer", ".bridge-events.jsonl"}
-        assert {path.name for path in save_dir.iterdir()} == {NAME, TRACKER, LEGACY_TRACKER, *own}
+        assert {path.name for path in save_dir.iterdir()} == {NAME, TRACKER, LEGACY_TRACKER, ".bridge-events.jsonl"}
         assert (save_dir / TRACKER).read_bytes() == before["train_state.pt"]
         assert (save_dir / LEGACY_TRACKER).read_text() == "3"
         for size in (1, 2):
@@ -231,7 +230,7 @@ def test_a_run_goes_on_from_a_converted_checkpoint_bit_for_bit(tmp_path: Path) -
     with pytest.raises(CheckpointMismatchError, match="cannot become 'fsdp_dtensor': only what was converted from"):
         convert(tmp_path / "run", tmp_path / "fsdp", "fsdp_dtensor", processes=1)
     assert not list((tmp_path / "fsdp").glob("iter_*"))
-    assert [path.name for path in (tmp_path / "fsdp").iterdir()] == [".bridge-writer"]
+    assert [path.name for path in (tmp_path / "fsdp").iterdir()] == []
 
 
 @pytest.mark.parametrize("name", ["torch_dist", "zarr"])
@@ -324,7 +323,7 @@ def test_what_was_written_wrongly_is_found_and_thrown_away(root: Path, tmp_path:
 
     with pytest.raises(CheckpointSaveError, match=r"^wide at \[0, 0\] is not what it is in .* Nothing was published$"):
         convert(root / "large_torch_dist", tmp_path / "zarr", "zarr", processes=1, report=spoil)
-    assert [path.name for path in (tmp_path / "zarr").iterdir()] == [".bridge-writer"]
+    assert [path.name for path in (tmp_path / "zarr").iterdir()] == []
 
 
 def test_killed_anywhere_it_continues_and_ends_with_the_same(root: Path, tmp_path: Path) -> None:
@@ -352,7 +351,7 @@ def test_killed_anywhere_it_continues_and_ends_with_the_same(root: Path, tmp_pat
             assert f"has a checkpoint of iteration {ITERATION}" in str(error)
         assert records_of(target / NAME) == undisturbed
         assert {path.name for path in target.iterdir() if not path.name.startswith(".trash-")} == {
-            *(NAME, TRACKER, LEGACY_TRACKER, ".bridge-writer", ".bridge-events.jsonl")
+            *(NAME, TRACKER, LEGACY_TRACKER, ".bridge-events.jsonl")
         }
         assert (target / TRACKER).read_bytes() == (source / NAME / "train_state.pt").read_bytes()
     assert reused[:3] == sorted(reused[:3])
@@ -423,7 +422,7 @@ def test_what_is_left_is_trusted_only_if_it_is_whole_and_of_the_same_conversion(
     larger = convert(tmp_path / "other", tmp_path / "two", "zarr", memory=8 << 20, processes=1, force=True)
     assert larger.parts_reused == 3
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
-        [".bridge-writer", ".bridge-events.jsonl", NAME, TRACKER, LEGACY_TRACKER]
+        [".bridge-events.jsonl", NAME, TRACKER, LEGACY_TRACKER]
     )
 
     # A run that starts in the directory sweeps what is left of it.
@@ -466,8 +465,7 @@ def test_a_checkpoint_of_another_program_stays_one(root: Path, tmp_path: Path, n
     assert read_manifest(converted.path) is None
     assert get_checkpoint_format(converted.path) == target
     assert converted.trackers == f"{LEGACY_TRACKER} names iteration 3"
-    own = {".bridge-writer", ".bridge-events.jsonl"}
-    assert {path.name for path in converted.path.parent.iterdir()} == {NAME, LEGACY_TRACKER, *own}
+    assert {path.name for path in converted.path.parent.iterdir()} == {NAME, LEGACY_TRACKER, ".bridge-events.jsonl"}
     run_ranks(load_states, 2, converted.path)
 
 

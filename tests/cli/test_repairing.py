@@ -11,6 +11,7 @@ import click
 import pytest
 
 from bridge.cli.application import parse
+from bridge.training.checkpointing import ownership
 from bridge.training.checkpointing.catalog import Owner, find_owner
 from bridge.training.checkpointing.layout import LEGACY_TRACKER, TRACKER, WRITER
 from bridge.training.checkpointing.marks import is_marked, mark
@@ -193,6 +194,11 @@ def test_one_that_is_killed_leaves_it_too(tmp_path: Path) -> None:
     with claimed(tmp_path) as pid:
         pass
     assert json.loads((tmp_path / WRITER).read_text())["pid"] == pid  # a run's own claim stays
+    with claimed(tmp_path, passing=True) as pid:
+        pass
+    ownership.claim(tmp_path)
+    assert f"process {pid}, since " in ownership.predecessor_of(tmp_path)  # what is unfinished there is that one's
+    ownership.give_up(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -230,14 +230,15 @@ def _try_claim(directory: Path, passing: bool) -> bool:
     }
     try:
         # Through this descriptor: to open and close the file once more would give up the lock.
-        before = _of_run(os.pread(descriptor, _LARGEST, 0))
+        before = os.pread(descriptor, _LARGEST, 0)
+        of_run = _of_run(before)
         if passing:
-            owner[_LAST_RUN] = before.decode("utf-8", "replace")
+            owner[_LAST_RUN] = of_run.decode("utf-8", "replace")
         _write(descriptor, owner)
     except BaseException:
         os.close(descriptor)
         raise
-    put_back = before if passing else None
+    put_back = of_run if passing else None
     _claims[directory] = _Claim(descriptor, os.getpid(), owner, _in_words(before) if before else "", put_back)
     return True
 

@@ -41,7 +41,7 @@ def claim(destination: Path) -> bool:
     try:
         make_directory(destination)
         # A run that is alive goes on saving; a conversion that was just killed may still be ending.
-        return ownership.claim(destination, TO, wait_seconds=_ENDING_SECONDS)
+        return ownership.claim(destination, TO, wait_seconds=_ENDING_SECONDS, passing=True)
     except CheckpointError:
         raise
     except OSError as error:
