@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from bridge.training.checkpointing.errors import CheckpointDamagedError
 from bridge.training.checkpointing.layout import PAYLOAD_METADATA, RUN_CONFIG
@@ -25,14 +28,10 @@ def is_cut_short(checkpoint: Path) -> bool:
         UnsafeCheckpointError: it is a link that leads out of the checkpoint.
         CheckpointDamagedError: it cannot be read.
     """
-    path, size = contained_file(checkpoint, PAYLOAD_METADATA)
-    try:
-        with path.open("rb") as stream:
-            begins = stream.read(1) == b"\x80"
-            stream.seek(max(0, size - 1))
-            return not begins or stream.read(1) != b"."
-    except OSError as error:
-        raise CheckpointDamagedError(f"{path} cannot be read: {error}") from error
+    with _metadata(checkpoint) as (stream, size):
+        begins = stream.read(1) == b"\x80"
+        stream.seek(max(0, size - 1))
+        return not begins or stream.read(1) != b"."
 
 
 def may_hold(checkpoint: Path, pattern: re.Pattern[bytes]) -> bool:
@@ -42,17 +41,24 @@ def may_hold(checkpoint: Path, pattern: re.Pattern[bytes]) -> bool:
         UnsafeCheckpointError: it is a link that leads out of the checkpoint.
         CheckpointDamagedError: it cannot be read.
     """
-    path, _ = contained_file(checkpoint, PAYLOAD_METADATA)
+    with _metadata(checkpoint) as (stream, _):
+        kept = b""
+        while block := stream.read(_BLOCK):
+            if pattern.search(kept + block):
+                return True
+            kept = block[-_LONGEST_KEY:]
+    return False
+
+
+@contextmanager
+def _metadata(checkpoint: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """`.metadata`, open, and its size in bytes."""
+    path, size = contained_file(checkpoint, PAYLOAD_METADATA)
     try:
         with path.open("rb") as stream:
-            kept = b""
-            while block := stream.read(_BLOCK):
-                if pattern.search(kept + block):
-                    return True
-                kept = block[-_LONGEST_KEY:]
+            yield stream, size
     except OSError as error:
         raise CheckpointDamagedError(f"{path} cannot be read: {error}") from error
-    return False
 
 
 def is_plainly_configured(checkpoint: Path, checkpoint_format: str) -> bool:

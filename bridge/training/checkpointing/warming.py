@@ -39,13 +39,12 @@ class WarmUp:
 
     def know(self, model: list[Any], optimizer: Any | None, groups: Any | None) -> None:
         """What is going to be saved, and the process groups of the ranks that share it."""
-        if self._steps > 1 or not _is_wanted(self.checkpoint_config):
-            return
-        self.model, self.optimizer, self.groups = model, optimizer, groups
+        if self._is_due:
+            self.model, self.optimizer, self.groups = model, optimizer, groups
 
     def before_step(self, state: Any) -> None:
         """Do what is due before a training step. Local; it waits for nothing, and never raises."""
-        if self._steps > 1 or not _is_wanted(self.checkpoint_config):
+        if not self._is_due:
             return
         self._steps += 1
         try:
@@ -60,6 +59,10 @@ class WarmUp:
                 writer_of(self.context).warm(size)
         except Exception:
             logger.debug("nothing is made ready for the first save", exc_info=True)
+
+    @property
+    def _is_due(self) -> bool:
+        return self._steps < 2 and _is_wanted(self.checkpoint_config)
 
 
 def expected_bytes(cfg: Any, model: list[Any], optimizer: Any | None, groups: Any, only_trained: bool) -> int:
