@@ -98,6 +98,19 @@ def slowest(seconds: float) -> float:
     return float(found)
 
 
+def read_into_cache(directory: Path) -> None:
+    """Have what a directory of checkpoints holds in the page cache; rank 0 does it for all."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        buffer = bytearray(8 << 20)
+        for path in directory.glob("iter_*/*"):
+            if path.is_file():
+                with path.open("rb", buffering=0) as file:
+                    while file.readinto(buffer):
+                        pass
+
+
 def import_all() -> None:
     """Import what forked ranks need."""
     from bridge import accelerator

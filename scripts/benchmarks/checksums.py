@@ -74,11 +74,11 @@ def _measure(directory: Path, size: int, rounds: int) -> dict[str, Any]:
     count, part = max(1, size // _TENSOR_BYTES), min(size, _TENSOR_BYTES)
     state = {f"t{n}": torch.rand(part // 4) for n in range(count)}
     shards = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in state.items()}
-    planned = TorchDistSaveStrategy()._plan(shards, directory, Ranks.current())
+    direct, _ = TorchDistSaveStrategy()._plan(shards, directory, Ranks.current())
     records: list[Any] = []
 
     def write(kind: str) -> None:
-        records[:] = planned.direct.write(kind)[0]
+        records[:] = direct.write(kind)[0]
 
     write("none")  # the first file is slower than those after it
     seconds = _in_turns({"without": lambda: write("none"), "with": lambda: write(checksums.DEFAULT)}, rounds)

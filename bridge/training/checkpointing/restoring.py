@@ -195,7 +195,8 @@ def _read_and_apply(
     )
     if plan.data_iterator.restore:
         live.state.dataloader_state = iterator_state
-    if live.optimizer is not None and plan.optimizer.restore:
+    is_other_precision = saved.precision is None or saved.precision != wanted.precision
+    if live.optimizer is not None and plan.optimizer.restore and is_other_precision:
         ranks.run("sharing the main parameters", lambda: share_main_params(live.optimizer))
     if sharded:
         ranks.run("gathering the parameters", lambda: fsdp_dtensor.gather_weights(live.model))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bridge.training.checkpointing.collector import collecting_new_objects_only
 from bridge.training.checkpointing.contents import fsdp_dtensor
 from bridge.training.checkpointing.contents.bucket_padding import padding_between_buckets
 from bridge.training.checkpointing.contents.optimizer_forms import (
@@ -83,7 +84,8 @@ def generate_optimizer_state_dict(
     elif optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
         allocate_optimizer_state(optimizer)
         metadata = kwargs.get("metadata") or {}
-        with padding_between_buckets(chained(optimizer)), known_by_their_rows(chained(optimizer)):
+        parts = chained(optimizer)
+        with padding_between_buckets(parts), known_by_their_rows(parts), collecting_new_objects_only():
             if is_loading and saved is not None and is_adapted(metadata, saved, form_of(optimizer)):
                 sections[OPTIMIZER] = adapted_template(optimizer, saved, model_sections, metadata)
             else:
@@ -129,7 +131,8 @@ def load_optimizer(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
 def share_main_params(optimizer: Any) -> None:
     """Give all data-parallel ranks the main parameters, where these are the model's own and shared among them.
 
-    Collective, to be called when every rank has loaded its optimizer.
+    Collective, to be called when every rank has loaded its optimizer. Not needed where the checkpoint is of the
+    same precision.
 
     A checkpoint of a model in half precision has rounded model parameters and full main parameters. A distributed
     optimizer in fp32 loads the latter into its own share of the model, so the replicas would differ.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.training.checkpointing.checksums import DEFAULT
+from bridge.training.checkpointing.collector import without_collector
 from bridge.training.checkpointing.failed_steps import step
 from bridge.training.checkpointing.formats.planning import PlannedFile
 from bridge.training.checkpointing.formats.values import stored_objects, stored_tensor
@@ -16,7 +17,6 @@ from bridge.training.checkpointing.integrity import FileRecord
 from bridge.training.checkpointing.io.framing import Frames
 from bridge.training.checkpointing.io.image import FileContents, FileImage, lay_out, results_of
 from bridge.training.checkpointing.io.writing import write_images
-from bridge.training.checkpointing.safety.payload_metadata import without_collector
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.checksums import DEFAULT
+from bridge.training.checkpointing.collector import without_collector
 from bridge.training.checkpointing.errors import (
     CheckpointDamagedError,
     CheckpointError,
@@ -50,7 +51,6 @@ from bridge.training.checkpointing.formats.writing import write_buckets
 from bridge.training.checkpointing.integrity import FileRecord
 from bridge.training.checkpointing.io.access import left_to_validate
 from bridge.training.checkpointing.layout import COMMON, MCORE_METADATA, PAYLOAD_METADATA
-from bridge.training.checkpointing.safety.payload_metadata import without_collector
 from bridge.training.checkpointing.safety.safe_globals import describe, load_torch_file
 
 logger = logging.getLogger(__name__)

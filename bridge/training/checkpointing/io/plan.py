@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 from math import prod
 
 import torch
@@ -72,7 +71,7 @@ class Runs:
 class Blocks:
     """Equal reads that cover some runs. Each holds the same runs in the same places."""
 
-    starts: tuple[int, ...]
+    starts: list[int]
     """Where the reads begin, ascending."""
     runs: Runs
     """Those in each read; `first` is 0."""
@@ -115,11 +114,10 @@ def blocks_of(runs: Runs, gap: int) -> Blocks:
     while merged > 0 and runs.steps[merged - 1] - extent <= gap:
         merged -= 1
         extent += (runs.counts[merged] - 1) * runs.steps[merged]
-    starts = (
-        runs.first + sum(i * step for i, step in zip(indices, runs.steps, strict=False))
-        for indices in product(*map(range, runs.counts[:merged]))
-    )
-    return Blocks(tuple(starts) if runs.length else (), Runs(0, runs.length, runs.counts[merged:], runs.steps[merged:]))
+    starts = [runs.first] if runs.length else []
+    for count, step in zip(runs.counts[:merged], runs.steps[:merged], strict=True):
+        starts = [start + at for start in starts for at in range(0, count * step, step)]
+    return Blocks(starts, Runs(0, runs.length, runs.counts[merged:], runs.steps[merged:]))
 
 
 def _extent(length: int, counts: tuple[int, ...], steps: tuple[int, ...]) -> int:

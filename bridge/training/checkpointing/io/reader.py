@@ -14,12 +14,12 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from bridge.training.checkpointing.collector import without_collector
 from bridge.training.checkpointing.errors import CheckpointDamagedError
 from bridge.training.checkpointing.io.plan import Want
 from bridge.training.checkpointing.io.reading import ReadOptions, ReadStats, read_wants
 from bridge.training.checkpointing.io.stored import open_stored
 from bridge.training.checkpointing.safety.containment import contained_file
-from bridge.training.checkpointing.safety.payload_metadata import without_collector
 from bridge.training.checkpointing.safety.safe_globals import load_torch_bytes
 
 

@@ -24,7 +24,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from bridge.training.checkpointing.io.device import DeviceCopies
 from bridge.training.checkpointing.io.fallback import read_with_torch
-from bridge.training.checkpointing.io.files import OpenFile, opened
+from bridge.training.checkpointing.io.files import OpenFile, opened, read_each
 from bridge.training.checkpointing.io.memory import Scratch, bytes_of, is_plain, memory_at
 from bridge.training.checkpointing.io.plan import PAGE, Batch, Want, batches, blocks_of, runs_of, split
 from bridge.training.checkpointing.io.record import HEAD, TAIL, Layouts
@@ -41,6 +41,10 @@ _BATCH = 1 << 20
 _THREADED = 4 << 20
 """Bytes from which it pays to start threads."""
 _FILES_AT_ONCE = 64
+_SHORT = 32 << 10
+"""Bytes of a read below which threads hinder one another: each call hands Python's lock to and fro."""
+_PATIENCE = 0.01
+"""Seconds that one thread waits for another's short reads. If they take longer, storage is what is waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +124,7 @@ class _Reading:
         self._scratch = Scratch()
         self._copies = DeviceCopies(devices)
         self._lock = Lock()
+        self._turn = Lock()
         self._stats = ReadStats()
         self._unrecognised: list[tuple[Path | ReadableFile, Want]] = []
 
@@ -246,14 +251,24 @@ class _Reading:
         self._count(len(blocks.starts) * blocks.length, 0)
         with self._sink(want) as sink:
             if not runs.counts:
-                for index, start in enumerate(blocks.starts):
-                    file.read(sink[index * kept : (index + 1) * kept], begin + start)
+                with self._turn_for(kept):
+                    read_each(file, sink, kept, [begin + start for start in blocks.starts])
                 return
             with self._scratch.lend(blocks.length) as buffer:
                 memory = bytes_of(buffer)
                 for index, start in enumerate(blocks.starts):
                     file.read(memory, begin + start)
                     _gather(memory, runs.length, runs.counts, runs.steps, sink[index * kept : (index + 1) * kept])
+
+    @contextmanager
+    def _turn_for(self, length: int) -> Iterator[None]:
+        """Let short reads of several threads come one after the other, as long as they are quick."""
+        taken = length < _SHORT and self._turn.acquire(timeout=_PATIENCE)
+        try:
+            yield
+        finally:
+            if taken:
+                self._turn.release()
 
     @contextmanager
     def _sink(self, want: Want) -> Iterator[memoryview]:

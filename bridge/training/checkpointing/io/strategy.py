@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 from torch.distributed.checkpoint.utils import _DistWrapper
 
+from bridge.training.checkpointing.collector import without_collector
 from bridge.training.checkpointing.dtypes import require_same_kind
 from bridge.training.checkpointing.errors import CheckpointDamagedError
 from bridge.training.checkpointing.io.elsewhere import Shards
@@ -33,9 +34,6 @@ from bridge.training.checkpointing.io.reading import ReadOptions, ReadStats, rea
 from bridge.training.checkpointing.io.stored import Chunk, Stored, StoredByMetadata, StoredTensor, open_stored
 from bridge.training.checkpointing.readable import ReadableFile
 from bridge.training.checkpointing.safety.containment import contained_file
-from bridge.training.checkpointing.safety.payload_metadata import (
-    without_collector,
-)
 from bridge.training.checkpointing.safety.safe_reading import (
     ReadTensors,
     SafeLoadStrategy,

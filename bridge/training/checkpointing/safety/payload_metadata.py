@@ -7,10 +7,8 @@ in it; what loading does not need of them is checked for its form and dropped.
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from bridge.training.checkpointing.collector import without_collector
 from bridge.training.checkpointing.errors import (
     CheckpointDamagedError,
     CheckpointMismatchError,
@@ -140,18 +139,6 @@ def payload_metadata(data: bytes, place: str) -> Metadata:
     except (ValueError, KeyError) as error:  # PickleError is a ValueError
         reason = error if isinstance(error, PickleError) else f"it has a value out of range ({type(error).__name__})"
         raise CheckpointDamagedError(f"{place} is not readable: {reason}") from error
-
-
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """Python's search for objects that refer to themselves waits: it takes most of the time where millions are made."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Conversion:

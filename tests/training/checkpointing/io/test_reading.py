@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError, UnsafeCheckpointError
 from bridge.training.checkpointing.io import DirectReader, ReadOptions
+from bridge.training.checkpointing.io.files import opened, read_each
 from bridge.training.checkpointing.io.plan import Want
 from bridge.training.checkpointing.io.reading import ReadStats, read_wants
 
@@ -218,6 +219,37 @@ class TestDamage:
         with pytest.raises(UnsafeCheckpointError, match="tries to run code"):
             file.read(file.want(number, torch.rand(shape), torch.zeros(shape)))
         assert not Path(f"{file.path}.ran").exists()
+
+
+class Elsewhere:
+    """Something that is read as a file is, and is none."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def read(self, into: memoryview, at: int) -> None:
+        into[:] = self.data[at : at + len(into)]
+
+
+@pytest.mark.parametrize("kind", ["file", "elsewhere"])
+def test_short_runs_are_read_one_by_one(tmp_path: Path, kind: str) -> None:
+    data = bytes(range(200))
+    (tmp_path / "a").write_bytes(data)
+    into = bytearray(12)
+    with opened({"a": tmp_path / "a" if kind == "file" else Elsewhere(data)}) as files:
+        read_each(files["a"], memoryview(into), 4, [190, 3, 100])
+    assert bytes(into) == data[190:194] + data[3:7] + data[100:104]
+
+
+def test_a_run_beyond_the_end_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(bytes(20))
+    with opened({"a": path}) as files, pytest.raises(CheckpointDamagedError, match=f"^{re.escape(str(path))} ends at"):
+        read_each(files["a"], memoryview(bytearray(8)), 4, [0, 18])
+    path.unlink()
+    path.mkdir()
+    with opened({"a": path}) as files, pytest.raises(CheckpointDamagedError, match="cannot be read: Is a directory"):
+        read_each(files["a"], memoryview(bytearray(8)), 4, [0, 18])
 
 
 def test_a_record_of_no_length_is_damage(file: File) -> None:
