@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 Plain = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -63,8 +64,13 @@ def section_type(declared: Any) -> type | None:
     return None
 
 
-def field_types(section: type) -> dict[str, Any]:
+def field_types(section: type) -> Mapping[str, Any]:
     """Field names of a dataclass, in order, with their resolved types."""
+    return _resolved(section)
+
+
+@cache  # every save checks its configuration, and to resolve the types takes milliseconds
+def _resolved(section: type) -> Mapping[str, Any]:
     hints = get_type_hints(section)
     return {item.name: hints[item.name] for item in dataclasses.fields(section)}
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,10 +113,26 @@ def _read_value(
         problems.append(f"{setting}: {show(value)} is not valid; expected {error.wanted}")
 
 
+@dataclass(frozen=True)
+class _Plain:
+    """Plain values that are the same as others if they look the same; `1`, `1.0` and `True` are equal, and do not."""
+
+    shown: str
+    values: dict[str, Any] = field(compare=False)
+
+
+@lru_cache(maxsize=4)
+def _yaml_of(plain: _Plain) -> str:
+    """The YAML of some values. Each save of a run writes the same ones, and making YAML takes long."""
+    # An endless line width keeps every value on its own line, so that a diff of two files shows settings.
+    text: str = yaml.safe_dump(plain.values, default_flow_style=False, sort_keys=True, width=float("inf"))
+    return text
+
+
 def write_yaml(section: Any, path: str | PathLike[str] | None) -> str:
     """The YAML of `to_plain`: block style, sorted keys; also written to `path` unless that is None."""
-    # An endless line width keeps every value on its own line, so that a diff of two files shows settings.
-    text: str = yaml.safe_dump(to_plain(section), default_flow_style=False, sort_keys=True, width=float("inf"))
+    plain = to_plain(section)
+    text = _yaml_of(_Plain(repr(plain), plain))
     if path is not None:
         Path(path).write_text(text, encoding="utf-8")
     return text

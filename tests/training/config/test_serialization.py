@@ -100,6 +100,15 @@ def test_every_value_is_on_a_line_of_its_own() -> None:
     assert "  layernorm_epsilon: 1.0e-05" in lines
 
 
+def test_a_changed_setting_is_written_also_where_it_is_equal_to_the_old_one() -> None:
+    config = ConfigContainer()
+    found = []
+    for value in (1, True, 1.0, 1, [1], [True]):
+        config.model.transformer_overrides = {"a": value}
+        found.append(yaml.safe_load(config.to_yaml())["model"]["transformer_overrides"]["a"])
+    assert [repr(value) for value in found] == ["1", "True", "1.0", "1", "[1]", "[True]"]
+
+
 def test_what_has_no_plain_form_is_not_written() -> None:
     config = ConfigContainer()
     config.model.transformer_overrides = {"init_method": print}
