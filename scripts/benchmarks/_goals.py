@@ -68,10 +68,10 @@ def _resharding(report: Mapping[str, Any]) -> Iterator[Line]:
 
 def _save(report: Mapping[str, Any]) -> Iterator[Line]:
     large, small = (report["workloads"][name] for name in ("large", "small"))
-    raw = _wall(large, "direct / raw")
+    raw = _wall(large, "manager / raw")
     yield "save, large tensors, against writing and syncing", "≤ 1.1 times the time", f"{raw:.2f} times", raw <= 1.1
     for workload, wanted in ((large, 1), (small, 15)):
-        stock, dcp = (_wall(workload, pair) for pair in ("megatron / direct", "dcp / direct"))
+        stock, dcp = (_wall(workload, pair) for pair in ("megatron / manager", "dcp / manager"))
         yield (
             f"save, {workload['tensors']:,} tensors, against megatron-core and torch DCP",
             "never slower" if wanted == 1 else f"≥ {wanted} times as fast",

@@ -45,6 +45,8 @@ RATIOS = [
     ("direct", "raw"),
     ("direct", "raw direct"),
     ("manager", "raw"),
+    ("megatron", "manager"),
+    ("dcp", "manager"),
     ("megatron", "direct"),
     ("dcp", "direct"),
     ("torch.save", "direct"),
