@@ -110,7 +110,7 @@ def _training(report: Mapping[str, Any]) -> Iterator[Line]:
 
 
 def _checksums(report: Mapping[str, Any]) -> Iterator[Line]:
-    more = report["with / without"]["wall"] - 1
+    more = report["with / without"]["xxh3"]["wall"] - 1
     yield (
         "checksums of the manifest, of a save's time",
         "≤ 5 %",

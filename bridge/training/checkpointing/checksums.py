@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import xxhash
+from zlib_ng.zlib_ng import crc32
 
 from bridge.training.checkpointing.errors import CheckpointSaveError
 
 DEFAULT = "xxh3"
-"""The fastest by far, as `scripts/benchmarks/manifest.py` measures it."""
+"""The fastest by far, as `scripts/benchmarks/checksums.py` measures it."""
 
 _BLOCK = 8 << 20
 _SAMPLES = 16
@@ -39,7 +39,7 @@ class _Crc32:
         self._value = 0
 
     def update(self, data: bytes | memoryview, /) -> None:
-        self._value = zlib.crc32(data, self._value)
+        self._value = crc32(data, self._value)
 
     def hexdigest(self) -> str:
         return f"{self._value:08x}"

@@ -15,12 +15,12 @@ import logging
 import re
 import struct
 import zipfile
-import zlib
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 
 import torch
+from zlib_ng.zlib_ng import crc32
 
 from bridge.training.checkpointing.io.record import DESCRIPTION
 from bridge.training.checkpointing.io.tails import DIGITS, Spots, complete, mixed
@@ -61,7 +61,7 @@ class Frame:
         """The record of a tensor with these bytes."""
         tail = bytearray(self.tail)
         if self.spots is not None:
-            complete(tail, 0, zlib.crc32(payload), self.spots)
+            complete(tail, 0, crc32(payload), self.spots)
         return self.head + payload + tail
 
 
@@ -124,7 +124,7 @@ class _Kind:
                 archive.skip(size)
             else:
                 content = description if place == self.pickled else content
-                crc = zlib.crc32(content)
+                crc = crc32(content)
                 crcs.append(crc)
                 archive.add(name, len(content), crc)
                 at.append(archive.inside)
@@ -147,7 +147,7 @@ def _identified(tail: bytes, at: int, number: int, crcs: tuple[int, int]) -> byt
     """The tail of an entry without bytes: torch leaves it out of the identification, which is then always the same."""
     complete_tail = bytearray(tail)
     complete_tail[at : at + DIGITS] = b"%020d" % number
-    crc = zlib.crc32(complete_tail[at - DIGITS : at + DIGITS])
+    crc = crc32(complete_tail[at - DIGITS : at + DIGITS])
     for place in crcs:
         struct.pack_into("<I", complete_tail, place, crc)
     return bytes(complete_tail)

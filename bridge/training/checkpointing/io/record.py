@@ -13,12 +13,12 @@ from __future__ import annotations
 import re
 import struct
 import sys
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
 import torch
+from zlib_ng.zlib_ng import crc32
 
 HEAD = 1024
 """Bytes at the beginning of a record that are enough to find the tensor in what torch writes."""
@@ -309,7 +309,7 @@ def _content(head: bytes, name: bytes, entries: Mapping[bytes, _Entry], director
     entry = entries[name]
     start = _start(head, name, entry, directory)
     content = bytes(head[start : start + entry.size])
-    _require(len(content) == entry.size and zlib.crc32(content) == entry.crc)
+    _require(len(content) == entry.size and crc32(content) == entry.crc)
     return content
 
 

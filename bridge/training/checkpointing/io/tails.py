@@ -1,4 +1,4 @@
-"""What follows a tensor's bytes in its record and depends on them: checksums. Standard library only.
+"""What follows a tensor's bytes in its record and depends on them: checksums. Without torch.
 
 The process that writes files has no torch. What torch writes behind the bytes is the same for all tensors of a type
 and shape, but for the CRC-32 of the bytes, in two places, and for the archive's identification, which torch makes from
@@ -10,8 +10,9 @@ The way in which torch mixes CRCs is that of `c10::hash_combine`, in `PyTorchStr
 from __future__ import annotations
 
 import struct
-import zlib
 from typing import NamedTuple
+
+from zlib_ng.zlib_ng import crc32
 
 DIGITS = 20
 """Of each of the two numbers in the identification: that of the entries' names comes first."""
@@ -59,7 +60,7 @@ def complete(memory: memoryview | bytearray, at: int, crc: int, spots: Spots) ->
     """
     number = at + spots.identification
     memory[number : number + DIGITS] = b"%020d" % mixed(mixed(spots.seed, crc), spots.following)
-    own = zlib.crc32(memory[number - DIGITS : number + DIGITS])
+    own = crc32(memory[number - DIGITS : number + DIGITS])
     _CRC.pack_into(memory, at + spots.crc, crc)
     _CRC.pack_into(memory, at + spots.crc_in_directory, crc)
     _CRC.pack_into(memory, at + spots.identification_crc, own)

@@ -24,9 +24,10 @@ import struct
 import sys
 import time
 import traceback
-import zlib
 from pathlib import Path
 from typing import Any
+
+from zlib_ng.zlib_ng import crc32
 
 from bridge.training.checkpointing import checksums
 from bridge.training.checkpointing.io.output import BLOCK, FileOutput
@@ -219,7 +220,7 @@ def _write_file(memory: memoryview, directory: int, file: dict[str, Any], kind: 
                 continue
             crc, end = 0, payload + size
             for at in range(payload, end, BLOCK):
-                crc = zlib.crc32(view[at : min(at + BLOCK, end)], crc)
+                crc = crc32(view[at : min(at + BLOCK, end)], crc)
                 hand_over(min(at + BLOCK, end), output)
             complete(view, end, crc, spots)
         hand_over(len(view), output)

@@ -10,9 +10,10 @@ import ctypes
 import mmap
 import os
 import queue
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from zlib_ng.zlib_ng import crc32
 
 from bridge.training.checkpointing.checksums import new_hasher
 from bridge.training.checkpointing.errors import CheckpointSaveError, storage_error
@@ -142,7 +143,7 @@ class _BlockStream:
         memory[at:payload] = frame.head
         ctypes.memmove(self._block.address + payload, address, frame.size)
         memory[tail : self._filled] = frame.tail
-        complete(memory, tail, zlib.crc32(memory[payload:tail]), spots)
+        complete(memory, tail, crc32(memory[payload:tail]), spots)
 
     def _put_memory(self, address: int, size: int, crc: int) -> int:
         """Append what lies at an address, and go on with a CRC of it."""
@@ -150,7 +151,7 @@ class _BlockStream:
             at = self._filled
             length = min(size, BLOCK - at)
             ctypes.memmove(self._block.address + at, address, length)
-            crc = zlib.crc32(self._block.memory[at : at + length], crc)
+            crc = crc32(self._block.memory[at : at + length], crc)
             address += length
             size -= length
             self._advance(length)

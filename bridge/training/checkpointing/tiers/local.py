@@ -15,13 +15,13 @@ import logging
 import os
 import re
 import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
+from zlib_ng.zlib_ng import crc32
 
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointError, UnsafeCheckpointError
 from bridge.training.checkpointing.files import sync_directory
@@ -195,7 +195,7 @@ def write_snapshot(stream: BinaryIO, state: Any) -> None:
         view = memoryview(data)
         for begin in range(0, len(view), _PIECE):
             piece = view[begin : begin + _PIECE]
-            checksum = zlib.crc32(piece, checksum)
+            checksum = crc32(piece, checksum)
             while len(piece):
                 piece = piece[stream.write(piece) :]
 
@@ -242,7 +242,7 @@ def _read_checked(stream: BinaryIO, path: Path) -> tuple[bytes, torch.Tensor]:
         raise CheckpointDamagedError(f"{path} has {actual} bytes instead of {expected}")
     header = bytearray(header_size)
     tensors = torch.empty(size, dtype=torch.uint8)
-    checksum = zlib.crc32(preamble)
+    checksum = crc32(preamble)
     trailer = bytearray(_TRAILER.size)
     for part in (memoryview(header), memoryview(tensors.numpy())):  # type: ignore[arg-type]
         checksum = _fill(stream, part, checksum, path)
@@ -261,6 +261,6 @@ def _fill(stream: BinaryIO, view: memoryview, checksum: int, path: Path) -> int:
         read = stream.readinto(view[:_PIECE])  # type: ignore[attr-defined]
         if not read:
             raise CheckpointDamagedError(f"{path} ends too early")
-        checksum = zlib.crc32(view[:read], checksum)
+        checksum = crc32(view[:read], checksum)
         view = view[read:]
     return checksum
