@@ -9,6 +9,7 @@ to the end of the step in which it is found complete exceeds that of the same nu
 itself, and all that slows down the steps beside it, copies of pages after a fork included.
 
     copy             one copy of what is saved, into memory that was touched before; nothing is written
+    copy and write   the same, and another process writes as many bytes past the page cache: what no save does without
     direct           this project's manager
     stock            the same with `io_backend: stock`: a fork writes
     megatron         megatron-core's, with its plan cached: a fork writes
@@ -43,7 +44,7 @@ from scripts.benchmarks import _gpt, _ranks, _ways
 from scripts.benchmarks._command import add_directory, command, hand_out
 from scripts.benchmarks._processes import PeakMemory, processor_seconds
 
-WAYS = ("copy", "direct", "stock", "megatron", "dcp thread", "dcp process")
+WAYS = ("copy", "copy and write", "direct", "stock", "megatron", "dcp thread", "dcp process")
 WARM_UP = 2
 """Rounds that are not counted: memory is found, and megatron-core plans twice."""
 STEPS = 3
@@ -107,7 +108,8 @@ def ratios(ways: dict[str, dict[str, Any]]) -> dict[str, float]:
     lost = {way: statistics.median(each["lost"] for each in found["rounds"]) for way, found in ways.items()}
     copy = statistics.median(each["stall"] for each in ways["copy"]["rounds"])
     found = {"direct / copy": lost["direct"] / copy}
-    for way in WAYS[2:]:
+    found["direct / copy and write"] = lost["direct"] / max(lost["copy and write"], 1e-9)
+    for way in WAYS[3:]:
         found[f"{way} / direct"] = lost[way] / max(lost["direct"], 1e-9)
     return found
 
@@ -192,6 +194,7 @@ class _Work:
     def __init__(self, way: str, directory: Path, layers: int, hidden: int) -> None:
         ways: dict[str, Callable[[Any, Path], Any]] = {
             "copy": _ways.Copy,
+            "copy and write": _ways.CopyAndWrite,
             "megatron": _ways.Megatron,
             "dcp thread": lambda run, place: _ways.Dcp(run, place, process=False),
             "dcp process": lambda run, place: _ways.Dcp(run, place, process=True),

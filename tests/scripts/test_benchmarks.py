@@ -136,12 +136,13 @@ def run_small(tmp_path: Path, parts: str) -> dict[str, Any]:
 def test_training_time_gpts_and_resharding_are_measured_and_what_is_saved_is_right(tmp_path: Path) -> None:
     found = run_small(tmp_path, "training,resharding,gpt")
     ways = found["training"]["ways"]
-    assert ways.keys() == {"copy", "direct", "stock", "megatron", "dcp thread", "dcp process"}
+    assert ways.keys() == {"copy", "copy and write", "direct", "stock", "megatron", "dcp thread", "dcp process"}
     assert {way: made["is what it was"] for way, made in ways.items()} == dict.fromkeys(ways, True)
     expected = {"stall", "looks", "lost", "complete", "processor", "page faults"}
     assert all(made["first"].keys() == made["rounds"][0].keys() == expected for made in ways.values())
     assert found["training"]["ratios"].keys() == {
-        *("direct / copy", "stock / direct", "megatron / direct", "dcp thread / direct", "dcp process / direct")
+        *("direct / copy", "direct / copy and write", "stock / direct", "megatron / direct"),
+        *("dcp thread / direct", "dcp process / direct"),
     }
     loads = found["resharding"]["loads"]
     assert loads.keys() == {"rows", "columns", "TP2 to TP1"}
