@@ -34,7 +34,7 @@ pytest: setup ## the tests alone; ARGS='-k name' passes arguments to pytest
 faults: setup ## the whole fault-injection suite (docs/faults.md); takes an hour or so on 2 cores
 	@$(VENV) -m pytest tests/faults -m 'faults or not slow' $(ARGS)
 
-bench: setup ## all benchmarks, and docs/benchmarks.md of them (a quarter of an hour); ARGS=--small tries them out
+bench: setup ## all benchmarks, and docs/benchmarks.md of them (twenty minutes); ARGS=--small tries them out
 	@$(VENV) -W ignore -m scripts.benchmarks.all $(ARGS)
 
 check: test ## the same as test
