@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -199,6 +200,17 @@ def test_one_that_is_killed_leaves_it_too(tmp_path: Path) -> None:
     ownership.claim(tmp_path)
     assert f"process {pid}, since " in ownership.predecessor_of(tmp_path)  # what is unfinished there is that one's
     ownership.give_up(tmp_path)
+
+
+def test_one_that_fails_is_the_one_that_left_what_is_there(tmp_path: Path) -> None:
+    run_of = json.dumps({"host": "far", "pid": 1, "start": "2026-01-01T00:00:00+00:00"})
+    (tmp_path / WRITER).write_text(run_of)
+    ownership.claim(tmp_path, passing=True)
+    ownership.give_up(tmp_path, is_done=False)
+    ownership.claim(tmp_path, passing=True)
+    assert f"process {os.getpid()}, since " in ownership.predecessor_of(tmp_path)
+    ownership.give_up(tmp_path)
+    assert (tmp_path / WRITER).read_text() == run_of
 
 
 @pytest.mark.parametrize(

@@ -17,20 +17,3 @@ def without_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextmanager
-def collecting_new_objects_only() -> Iterator[None]:
-    """Let a search that somebody asks for, as megatron-core does in each save, see only what has been made meanwhile.
-
-    Nothing changes for programs that have switched the collector off, which may rely on that search, or that have
-    frozen objects themselves.
-    """
-    if not gc.isenabled() or gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -85,17 +85,19 @@ def convert(
         shares = shares_of(memory, processes)
     except PlanError as error:
         raise CheckpointSaveError(f"--memory-gib: {error}") from error
-    new = claim(destination)
+    new, is_done = claim(destination), False
     try:
         request = Request(read, destination, target_format, processes, shares, verify, force, tuple(safe_globals))
-        return Conversion(request, listing, report or quiet, started).run()
+        converted = Conversion(request, listing, report or quiet, started).run()
+        is_done = True
+        return converted
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointSaveError(f"{TO}: {error}; start the conversion again to continue it") from error
     finally:
         if new:
-            ownership.give_up(destination)
+            ownership.give_up(destination, is_done=is_done)
 
 
 def quiet(step: Step, done: int, total: int) -> None:

@@ -135,7 +135,10 @@ class SharedDirectory:
     def _retention_bytes(self, iteration: int) -> int:
         """What a sweep after the save of `iteration` would let go, and the checkpoint that the save replaces."""
         listing = list_checkpoints(self.path)
-        others = [entry for entry in committed_entries(listing, self.starts_in) if entry.iteration != iteration]
+        try:
+            others = [entry for entry in committed_entries(listing, self.starts_in) if entry.iteration != iteration]
+        except (CheckpointDamagedError, OSError):
+            others = []  # retention deletes nothing then
         places = {path.expanduser().resolve() for path in self.in_use}
         used = [i for i in listing.iterations if (self.path / iteration_name(i)).resolve() in places]
         gone = {*removable([*others, Entry(iteration, time.time())], self.policies, iteration, used), iteration}

@@ -170,14 +170,20 @@ def predecessor_of(save_dir: Path) -> str:
     return "" if held is None else held.before
 
 
-def give_up(save_dir: Path) -> None:
-    """Let another process have the directory, or this one claim it again."""
+def give_up(save_dir: Path, *, is_done: bool = True) -> None:
+    """Let another process have the directory, or this one claim it again.
+
+    Args:
+        save_dir: the directory.
+        is_done: whether nothing unfinished is left there. Where it is not, a passing claim still says whose that is.
+    """
     directory = save_dir.resolve()
     held = _claims.pop(directory, None)
     if held is None:
         return
+    is_passing = held.put_back is not None and held.pid == os.getpid()
     try:
-        if held.put_back is not None and held.pid == os.getpid() and _is_at(held.descriptor, directory / WRITER):
+        if is_done and is_passing and _is_at(held.descriptor, directory / WRITER):
             if held.put_back:
                 _write_bytes(held.descriptor, held.put_back)
             else:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
+from megatron.core.optimizer import distrib_optimizer
 
-from bridge.training.checkpointing.collector import collecting_new_objects_only, without_collector
+from bridge.training.checkpointing.collector import without_collector
+from bridge.training.checkpointing.contents.model import generate_model_state_dict
+from bridge.training.checkpointing.contents.optimizer import generate_optimizer_state_dict
+from bridge.training.checkpointing.contents.searching import without_search_of_everything
+from bridge.training.checkpointing.plans.resharding import FULLY_RESHARDABLE, MEMORY_EFFICIENT, SHARDING_TYPE
+from bridge.training.setup import setup
+from tests.distributed.launch import run_ranks
+from tests.training.tiny import tiny_config
 
 
 class Loop:
@@ -26,40 +37,65 @@ def lost_loop() -> weakref.ref[Loop]:
 def collector() -> Iterator[None]:
     gc.collect()
     yield
-    gc.unfreeze()
     gc.enable()
 
 
-def test_a_search_sees_new_objects_only() -> None:
-    old = lost_loop()
-    with collecting_new_objects_only():
-        new = lost_loop()
-        gc.collect()
-        assert (old() is None, new() is None) == (False, True)
-    assert gc.get_freeze_count() == 0
-    gc.collect()
-    assert old() is None
+def searches_of_everything(action: Callable[[], object]) -> int:
+    """How often all objects are searched meanwhile."""
+    seen: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            seen.append(1)
+
+    gc.callbacks.append(note)
+    try:
+        action()
+    finally:
+        gc.callbacks.remove(note)
+    return len(seen)
+
+
+def search_as_megatron_does() -> None:
+    with without_search_of_everything():
+        distrib_optimizer.gc.collect()
+
+
+def test_a_save_leaves_old_objects_to_pythons_own_collector() -> None:
+    new = lost_loop()
+    assert searches_of_everything(search_as_megatron_does) == 0
+    assert new() is None
+    assert searches_of_everything(distrib_optimizer.gc.collect) == 1
+    assert distrib_optimizer.gc is gc
 
 
 def test_it_ends_with_an_error_too() -> None:
-    with pytest.raises(ValueError, match="lost"), collecting_new_objects_only():
+    with pytest.raises(ValueError, match="lost"), without_search_of_everything():
         raise ValueError("lost")
-    assert gc.get_freeze_count() == 0
+    assert distrib_optimizer.gc is gc
 
 
 def test_programs_without_the_collector_keep_the_whole_search() -> None:
     gc.disable()
-    old = lost_loop()
-    with collecting_new_objects_only():
-        gc.collect()
-        assert old() is None
+    assert searches_of_everything(search_as_megatron_does) == 1
 
 
-def test_what_a_program_has_frozen_stays_frozen() -> None:
-    gc.freeze()
-    with collecting_new_objects_only():
-        pass
-    assert gc.get_freeze_count() > 0
+def test_a_fully_reshardable_state_dict_is_made_without_it(tmp_path: Path) -> None:
+    def case() -> tuple[int, int]:
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+        run = setup(tiny_config(ddp={"use_distributed_optimizer": True}))
+        model = generate_model_state_dict(run.model)
+        metadata = {SHARDING_TYPE: FULLY_RESHARDABLE, MEMORY_EFFICIENT: False, "dp_cp_group": run.pg_collection.dp_cp}
+        make = partial(run.optimizer.sharded_state_dict, model["model"], metadata=metadata)
+        ours = partial(
+            generate_optimizer_state_dict,
+            *(run.optimizer, None, model),
+            is_loading=False,
+            optim_sd_kwargs={"metadata": metadata},
+        )
+        return searches_of_everything(ours), searches_of_everything(make)
+
+    assert run_ranks(case, 1) == [(0, 1)]
 
 
 def test_the_collector_waits_and_goes_on() -> None:

@@ -207,6 +207,9 @@ def test_non_persistent_checkpoints_are_judged_by_the_starts_of_the_save_directo
     assert room is not None
     with pytest.raises(NotEnoughSpaceError, match=r"reclaimable are 1\.0 MiB in checkpoints that retention"):
         room.require(Estimate(2 * DISK, "x"), 4)
+    (disk / STARTS).write_text("damaged")  # retention would delete nothing then
+    with pytest.raises(NotEnoughSpaceError, match="MiB are available"):
+        room.require(Estimate(2 * DISK, "x"), 4)
     tier.forget_newer(2, Ranks.current())
     assert list_checkpoints(tier.directory).iterations == ()
     assert [record.getMessage() for record in caplog.records if STARTS in record.getMessage()] == []

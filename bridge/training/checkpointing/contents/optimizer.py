@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from bridge.training.checkpointing.collector import collecting_new_objects_only
 from bridge.training.checkpointing.contents import fsdp_dtensor
 from bridge.training.checkpointing.contents.bucket_padding import padding_between_buckets
 from bridge.training.checkpointing.contents.optimizer_forms import (
@@ -17,6 +16,7 @@ from bridge.training.checkpointing.contents.optimizer_forms import (
     form_of,
     load_adapted,
 )
+from bridge.training.checkpointing.contents.searching import without_search_of_everything
 from bridge.training.checkpointing.contents.torch_fsdp2 import known_by_their_rows, loadable_state
 from bridge.training.checkpointing.plans.resharding import (
     DP_RESHARDABLE,
@@ -85,7 +85,7 @@ def generate_optimizer_state_dict(
         allocate_optimizer_state(optimizer)
         metadata = kwargs.get("metadata") or {}
         parts = chained(optimizer)
-        with padding_between_buckets(parts), known_by_their_rows(parts), collecting_new_objects_only():
+        with padding_between_buckets(parts), known_by_their_rows(parts), without_search_of_everything():
             if is_loading and saved is not None and is_adapted(metadata, saved, form_of(optimizer)):
                 sections[OPTIMIZER] = adapted_template(optimizer, saved, model_sections, metadata)
             else:
@@ -132,7 +132,7 @@ def share_main_params(optimizer: Any) -> None:
     """Give all data-parallel ranks the main parameters, where these are the model's own and shared among them.
 
     Collective, to be called when every rank has loaded its optimizer. Not needed where the checkpoint is of the
-    same precision.
+    same precision: there the model's parameters are the main ones.
 
     A checkpoint of a model in half precision has rounded model parameters and full main parameters. A distributed
     optimizer in fp32 loads the latter into its own share of the model, so the replicas would differ.

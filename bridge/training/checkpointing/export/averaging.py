@@ -124,19 +124,20 @@ def average(
     manifest = _publishable(mean)
     listing = _checked(mean, destination, force=force)
     verified = verify_source and verify(mean.sources, report or quiet)
-    new = claim(destination)
+    new, is_done = claim(destination), False
     try:
         moves, trackers = tracking(listing, mean.newest.iteration)
         path, written, peak = _publish(mean, manifest, destination, report or quiet)
         if moves:
             trackers = move_trackers(destination, mean.newest.iteration, path, listing)
+        is_done = True
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointSaveError(f"DST: {error}") from error
     finally:
         if new:
-            ownership.give_up(destination)
+            ownership.give_up(destination, is_done=is_done)
     return Averaged(
         path,
         written.iteration,

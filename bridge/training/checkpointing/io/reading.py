@@ -43,6 +43,8 @@ _THREADED = 4 << 20
 _FILES_AT_ONCE = 64
 _SHORT = 32 << 10
 """Bytes of a read below which threads hinder one another: each call hands Python's lock to and fro."""
+_MANY = 256
+"""Such reads, from which that counts."""
 _PATIENCE = 0.01
 """Seconds that one thread waits for another's short reads. If they take longer, storage is what is waited for."""
 
@@ -125,6 +127,7 @@ class _Reading:
         self._copies = DeviceCopies(devices)
         self._lock = Lock()
         self._turn = Lock()
+        self._takes_turns = True
         self._stats = ReadStats()
         self._unrecognised: list[tuple[Path | ReadableFile, Want]] = []
 
@@ -251,7 +254,7 @@ class _Reading:
         self._count(len(blocks.starts) * blocks.length, 0)
         with self._sink(want) as sink:
             if not runs.counts:
-                with self._turn_for(kept):
+                with self._turn_for(file, len(blocks.starts), kept):
                     read_each(file, sink, kept, [begin + start for start in blocks.starts])
                 return
             with self._scratch.lend(blocks.length) as buffer:
@@ -261,9 +264,12 @@ class _Reading:
                     _gather(memory, runs.length, runs.counts, runs.steps, sink[index * kept : (index + 1) * kept])
 
     @contextmanager
-    def _turn_for(self, length: int) -> Iterator[None]:
+    def _turn_for(self, file: ReadableFile, count: int, length: int) -> Iterator[None]:
         """Let short reads of several threads come one after the other, as long as they are quick."""
-        taken = length < _SHORT and self._turn.acquire(timeout=_PATIENCE)
+        tries = self._takes_turns and isinstance(file, OpenFile) and count >= _MANY and length < _SHORT
+        taken = tries and self._turn.acquire(timeout=_PATIENCE)
+        if tries and not taken:
+            self._takes_turns = False
         try:
             yield
         finally:

@@ -21,7 +21,7 @@ from bridge.training.checkpointing.errors import CheckpointDamagedError, Checkpo
 from bridge.training.checkpointing.io import DirectReader, ReadOptions
 from bridge.training.checkpointing.io.files import opened, read_each
 from bridge.training.checkpointing.io.plan import Want
-from bridge.training.checkpointing.io.reading import ReadStats, read_wants
+from bridge.training.checkpointing.io.reading import ReadStats, _Reading, read_wants
 
 SMALL_BUFFERS = ReadOptions(memory=3 * 4096, threads=2)
 """So small that nearly everything is read in parts."""
@@ -239,6 +239,28 @@ def test_short_runs_are_read_one_by_one(tmp_path: Path, kind: str) -> None:
     with opened({"a": tmp_path / "a" if kind == "file" else Elsewhere(data)}) as files:
         read_each(files["a"], memoryview(into), 4, [190, 3, 100])
     assert bytes(into) == data[190:194] + data[3:7] + data[100:104]
+
+
+def test_threads_take_turns_for_short_reads_until_storage_is_slow(tmp_path: Path) -> None:
+    reading = _Reading(ReadOptions(), [torch.device("cpu")])
+    (tmp_path / "a").write_bytes(b"a")
+    with opened({"a": tmp_path / "a"}) as files:
+        file = files["a"]
+
+        def holds_turn(*some: Any) -> bool:
+            with reading._turn_for(*some):
+                return reading._turn.locked()
+
+        assert holds_turn(file, 1000, 100)
+        assert not reading._turn.locked()
+        others = [(file, 10, 100), (file, 1000, 1 << 20), (Elsewhere(b""), 1000, 100)]
+        assert [holds_turn(*some) for some in others] == [False, False, False]
+        with pytest.raises(ValueError, match="lost"), reading._turn_for(file, 1000, 100):
+            raise ValueError("lost")
+        assert not reading._turn.locked()
+        with reading._turn_for(file, 1000, 100):
+            assert holds_turn(file, 1000, 100), "the other one's; this one goes on without it"
+        assert not holds_turn(file, 1000, 100), "nobody waits for turns any more"
 
 
 def test_a_run_beyond_the_end_is_damage(tmp_path: Path) -> None:
