@@ -82,7 +82,10 @@ def make_directory() -> tuple[Path, int]:
     _sweep(Path(tempfile.gettempdir()))
     while True:
         path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another rank has swept it: nothing said yet that it is in use
         if _is_kept(path, descriptor):
             return path, descriptor
         os.close(descriptor)

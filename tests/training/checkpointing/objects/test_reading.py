@@ -193,6 +193,24 @@ def test_what_a_dead_process_left_is_swept_by_the_next_load(tmp_path: Path, monk
         os.close(each)
 
 
+def test_ranks_that_make_directories_at_once_leave_one_another_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sweeps what nobody holds, and for a moment nobody holds a new one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pids = []
+    for _ in range(3):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                made = [make_directory() for _ in range(100)]
+                os._exit(0 if all(path.is_dir() for path, _ in made) else 1)
+            finally:
+                os._exit(2)
+        pids.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0, 0]
+
+
 def test_objects_that_are_not_what_was_uploaded_are_noticed(store: ObjectStore, url: ObjectUrl, tmp_path: Path) -> None:
     """Their labels say so, whatever the sizes are."""
     upload_checkpoint(store, url, make_checkpoint(tmp_path, 10, large=10))

@@ -67,6 +67,7 @@ def test_a_mirrored_run_goes_on_from_the_bucket_bit_for_bit(
     )
     for rank in (0, 1):
         for found in again[rank][:4]:
+            assert isinstance(found, dict), found
             assert found["started at"] == 2
             assert found["loaded from"] == f"{url}/iter_0000002"
             assert found["digests"] == whole[rank][0]["digests"]
