@@ -74,6 +74,12 @@ def handler(state: State, port: int) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *arguments: Any) -> None:
             pass
 
+        def handle_expect_100(self) -> bool:
+            # A client waits for a second, and sends the body all the same: what is written here is buffered.
+            answer = super().handle_expect_100()
+            self.wfile.flush()
+            return answer
+
         def _body(self) -> bytes:
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
