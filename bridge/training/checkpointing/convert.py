@@ -12,11 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bridge.training.checkpointing import ownership
 from bridge.training.checkpointing.conversion.destination import (
     TO,
     check_destination,
-    claim,
+    claimed,
 )
 from bridge.training.checkpointing.conversion.plan import PlanError, shares_of
 from bridge.training.checkpointing.conversion.running import Conversion, Converted, Report, Request, Step
@@ -85,19 +84,14 @@ def convert(
         shares = shares_of(memory, processes)
     except PlanError as error:
         raise CheckpointSaveError(f"--memory-gib: {error}") from error
-    new, is_done = claim(destination), False
-    try:
-        request = Request(read, destination, target_format, processes, shares, verify, force, tuple(safe_globals))
-        converted = Conversion(request, listing, report or quiet, started).run()
-        is_done = True
-        return converted
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointSaveError(f"{TO}: {error}; start the conversion again to continue it") from error
-    finally:
-        if new:
-            ownership.give_up(destination, is_done=is_done)
+    with claimed(destination):
+        try:
+            request = Request(read, destination, target_format, processes, shares, verify, force, tuple(safe_globals))
+            return Conversion(request, listing, report or quiet, started).run()
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointSaveError(f"{TO}: {error}; start the conversion again to continue it") from error
 
 
 def quiet(step: Step, done: int, total: int) -> None:

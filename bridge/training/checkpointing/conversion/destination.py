@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,8 +37,23 @@ TO = "DST"
 _ENDING_SECONDS = 5.0
 
 
-def claim(destination: Path) -> bool:
-    """Make the destination and claim it; whether this process did not have it before."""
+@contextmanager
+def claimed(destination: Path) -> Iterator[None]:
+    """Make the destination and have it claimed for as long as the context lasts.
+
+    What an error leaves there unfinished is this process's, and the lock file goes on saying so.
+    """
+    new, is_done = _claim(destination), False
+    try:
+        yield
+        is_done = True
+    finally:
+        if new:
+            ownership.give_up(destination, is_done=is_done)
+
+
+def _claim(destination: Path) -> bool:
+    """Whether this process did not have it before."""
     try:
         make_directory(destination)
         # A run that is alive goes on saving; a conversion that was just killed may still be ending.

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import yaml
 
-from bridge.training.checkpointing import commit, ownership
+from bridge.training.checkpointing import commit
 from bridge.training.checkpointing.catalog.contents import part_of
 from bridge.training.checkpointing.conversion.destination import (
     check_destination,
-    claim,
+    claimed,
     manifest_of,
     move_trackers,
     tracking,
@@ -124,20 +124,16 @@ def average(
     manifest = _publishable(mean)
     listing = _checked(mean, destination, force=force)
     verified = verify_source and verify(mean.sources, report or quiet)
-    new, is_done = claim(destination), False
-    try:
-        moves, trackers = tracking(listing, mean.newest.iteration)
-        path, written, peak = _publish(mean, manifest, destination, report or quiet)
-        if moves:
-            trackers = move_trackers(destination, mean.newest.iteration, path, listing)
-        is_done = True
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointSaveError(f"DST: {error}") from error
-    finally:
-        if new:
-            ownership.give_up(destination, is_done=is_done)
+    with claimed(destination):
+        try:
+            moves, trackers = tracking(listing, mean.newest.iteration)
+            path, written, peak = _publish(mean, manifest, destination, report or quiet)
+            if moves:
+                trackers = move_trackers(destination, mean.newest.iteration, path, listing)
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointSaveError(f"DST: {error}") from error
     return Averaged(
         path,
         written.iteration,
