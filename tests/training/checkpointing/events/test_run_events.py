@@ -138,6 +138,7 @@ def train_twice(cfg: ConfigContainer, scalars: Path) -> list[int]:
         run.cfg.train.train_iters = iters
         train(run)
         found.append(len(list(scalars.glob("events.out.tfevents.*"))))
+        dist.barrier()  # rank 0's next call begins another one
     return found
 
 
