@@ -15,6 +15,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -39,6 +40,15 @@ wait here for one that has much.
 _ROLL_CALL_SECONDS = 3.0
 
 
+@dataclass
+class _Question:
+    """Whether something holds on every rank, asked beside something else."""
+
+    flag: bool
+    """On this rank."""
+    answer: bool | None = None
+
+
 class Ranks:
     """The ranks of the job, seen from one of them. Every method that communicates is collective."""
 
@@ -51,6 +61,7 @@ class Ranks:
         self._started = 0
         self._names = 0
         self._timeout = TIMEOUT
+        self._questions: list[_Question] = []
 
     @classmethod
     def current(cls) -> Ranks:
@@ -99,18 +110,31 @@ class Ranks:
                 all of them failed for the same reason, only the reason). That a checkpoint is damaged is only said
                 if all failing ranks say so.
         """
-        return self.run_and_ask(phase, lambda: (action(), True))[0]
-
-    def run_and_ask(self, phase: str, action: Callable[[], tuple[T, bool]]) -> tuple[T, bool]:
-        """As `run`, and in the same exchange: whether the action has said yes on all ranks, besides its result."""
         result, error = attempt(action)
-        # Two numbers say that all went well, which is nearly always all there is to say.
-        is_done, all_say_yes = self._least(phase, [error is None, result is not None and result[1]])
+        # One number says that all went well, which is nearly always all there is to say.
+        (is_done,) = self._least(phase, [error is None])
         if not is_done:
             failure = None if error is None else Failure.of(self.rank, error)
             failures = [f for f in self.gather_all(phase, failure) if f is not None]
             raise combined(phase, failures, self.size) from error
-        return result[0], bool(all_say_yes)  # type: ignore[index]
+        return result  # type: ignore[return-value]
+
+    def ask_with_next(self, flag: bool) -> Callable[[], bool]:
+        """Have the next `run` or `same` carry a question: whether `flag` is true on every rank. All ranks ask together.
+
+        Returns:
+            What returns the answer, the same on every rank. Where nothing has carried the question, it asks now, and
+            then is collective itself.
+        """
+        question = _Question(flag)
+        self._questions.append(question)
+
+        def answer() -> bool:
+            if question.answer is None:
+                self._least("asking", [])
+            return bool(question.answer)
+
+        return answer
 
     def collect(self, phase: str, action: Callable[[], T]) -> list[T]:
         """Run `action` on every rank and return all results, by rank, on every rank. Raises as `run`.
@@ -244,11 +268,14 @@ class Ranks:
 
     def _least(self, phase: str, numbers: list[int]) -> list[int]:
         """The least of all ranks' numbers, place by place."""
-        if self._group is None:
-            return numbers
-        told = torch.tensor(numbers, dtype=torch.int64, device="cpu")
-        self._meet(phase, lambda: dist.all_reduce(told, dist.ReduceOp.MIN, group=self._group))
-        return told.tolist()
+        questions, self._questions = self._questions, []
+        told = torch.tensor([*numbers, *(each.flag for each in questions)], dtype=torch.int64, device="cpu")
+        if self._group is not None:
+            self._meet(phase, lambda: dist.all_reduce(told, dist.ReduceOp.MIN, group=self._group))
+        least: list[int] = told.tolist()
+        for question, answer in zip(questions, least[len(numbers) :], strict=True):
+            question.answer = bool(answer)
+        return least[: len(numbers)]
 
     def _meet(self, phase: str, collective: Callable[[], Any]) -> None:
         self._meetings += 1

@@ -92,9 +92,13 @@ def seconds_until(until: float | None) -> float:
 
 
 class FinishedCall(Generic[T]):
-    """What was done at once, because no other process could do it."""
+    """What has ended already: it was done at once, or could not be begun."""
 
-    def __init__(self, outcome: T) -> None:
+    def __init__(self, outcome: Callable[[], T]) -> None:
+        """
+        Args:
+            outcome: returns what has come of it, or raises why nothing has.
+        """
         self._outcome = outcome
 
     def poll(self, timeout: float | None = 0.0) -> bool:
@@ -104,7 +108,7 @@ class FinishedCall(Generic[T]):
 
     def result(self) -> T:
         """What has come of it."""
-        return self._outcome
+        return self._outcome()
 
     def halt(self) -> None:
         """There is nothing to end."""

@@ -20,6 +20,7 @@ from bridge.training.checkpointing.contents.optimizer import (
     OPTIMIZER,
     allocate_optimizer_state,
     build_sharded_state_dict_metadata,
+    is_described_alone,
 )
 from bridge.training.checkpointing.contents.peft import apply_peft_adapter_filter_to_state_dict
 from bridge.training.checkpointing.contents.rerun import get_rerun_state
@@ -130,6 +131,15 @@ def exchange(live: LiveObjects, captured: Captured, ranks: Ranks) -> Callable[[]
     return complete
 
 
+def collects_alone(live: LiveObjects) -> bool:
+    """Whether there is nothing to tell in `exchange` to save these objects. Local, and not the same on every rank."""
+    cfg = live.state.cfg.checkpoint
+    if cfg.ckpt_format == FSDP_DTENSOR or (cfg.save_rng and _are_apart(live)):
+        return False
+    fully = cfg.dist_ckpt_optim_fully_reshardable
+    return not cfg.save_optim or is_described_alone(live.optimizer, fully_reshardable=fully)
+
+
 def _content_metadata(live: LiveObjects) -> dict[str, Any]:
     cfg = live.state.cfg
     metadata = build_sharded_state_dict_metadata(cfg.ddp.use_distributed_optimizer, cfg.checkpoint)
@@ -179,13 +189,18 @@ def _generate(live: LiveObjects, captured: Captured, ranks: Ranks) -> Callable[[
 
 def _random_states(live: LiveObjects, captured: Captured, ranks: Ranks) -> list[dict[str, Any]] | None:
     """The random states that this rank saves: those of its replicas too, if they have states of their own."""
-    own, cfg = captured.random_state, live.state.cfg
+    own, apart = captured.random_state, _are_apart(live)
     if own is None:
         return None
-    apart = cfg.rng.data_parallel_random_init or has_states_of_replicas(cfg.checkpoint.ckpt_format, live.groups)
     if not apart:
         return [own]
     return ranks.run("gathering the random states", lambda: gather_rng_states(own, apart, pg_collection=live.groups))
+
+
+def _are_apart(live: LiveObjects) -> bool:
+    """Whether replicas have random states of their own."""
+    cfg = live.state.cfg
+    return cfg.rng.data_parallel_random_init or has_states_of_replicas(cfg.checkpoint.ckpt_format, live.groups)
 
 
 def _complete(

@@ -18,8 +18,9 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from bridge.training.checkpointing.agreement import Ranks
-from bridge.training.checkpointing.background import BackgroundCall, ForkedCall, kill_all
+from bridge.training.checkpointing.background import BackgroundCall, FinishedCall, ForkedCall, kill_all
 from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError, RankLostError
+from bridge.training.checkpointing.failed_steps import attempted
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.meeting import Meeting
 
@@ -100,21 +101,16 @@ class SaveQueue:
             finish: takes the place of the agreement that all ranks' processes have succeeded, and of the finalize
                 functions.
 
-        Raises:
-            CheckpointError: a rank could not start its process.
+        Ranks do not meet here. A process that cannot be started is one that has failed: `finalize` raises it.
         """
-        name, started = f"the background writer of {label}", list[BackgroundCall | None]()
-        begin = lambda: started.append(_start(request, name, stall_seconds, storage_seconds, start))  # noqa: E731
+        name = f"the background writer of {label}"
+        begun = attempted(f"starting {name}", lambda: _start(request, name, stall_seconds, storage_seconds, start))
         try:
-            Ranks.current().run(f"starting {name}", begin)
-        except BaseException:
-            # Another rank could not: nobody would wait for what this one has begun.
-            for call in started:
-                if call is not None:
-                    with _logging_trouble(f"ending {name}"):
-                        call.kill()
-            raise
-        (call,) = started
+            call = begun()
+        except Exception as error:
+            # Told to all ranks where they meet: nobody waits for another to have begun.
+            logger.error("%s could not be started, so %s will fail: %s", name, label, error)
+            call = FinishedCall(begun)
         self.scheduled += 1
         self._pending.append(
             _Pending(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from bridge.training.checkpointing.collecting import (
     LiveObjects,
     capture,
     collect,
+    collects_alone,
     exchange,
 )
 from bridge.training.checkpointing.contents.extra_state import is_model_section
-from bridge.training.checkpointing.failed_steps import attempted, step
+from bridge.training.checkpointing.failed_steps import attempt, step
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.formats import Format
@@ -37,13 +40,17 @@ from bridge.training.checkpointing.tiers import NonPersistentTier
 from bridge.training.checkpointing.tiers.global_directory import SETTING as GLOBAL_SETTING
 from bridge.training.checkpointing.tiers.global_directory import GlobalTier
 from bridge.training.checkpointing.tiers.rank_local import RankLocalTier, plan_rank_local_save
-from bridge.training.checkpointing.transaction import Committed, Save, SaveTarget, SaveTask, numbers_among
+from bridge.training.checkpointing.transaction import Committed, Contents, Save, SaveTarget, SaveTask, numbers_among
 
 SAVE_STRATEGY = "save_strategy"
 """Key of the checkpointing context: what the format keeps between saves."""
 
 SAVE_FORMAT = "save_format"
 """Key of the checkpointing context: the name of the format that saves have, and the format."""
+
+COLLECTED_ALONE = "collected_alone"
+"""Key of the checkpointing context: the optimizer and the settings with which no rank needs another to collect its
+state, as all of them have found; or None."""
 
 SNAPSHOT_STRUCTURE = "local_checkpoint_cache"
 """Key of the checkpointing context: how ranks share the state in local and in-memory checkpoints."""
@@ -86,12 +93,51 @@ def plan_save(job: SaveJob, ranks: Ranks) -> SaveTask:
     return _plan_directory(job, ranks)
 
 
+class _NotMeasured(Exception):
+    """There may be too little room for the state, which nobody has measured."""
+
+
 def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
+    form = _format(job, ranks)
+    what = (job.live.optimizer, *_how_it_is_collected(job.live.state.cfg))
+    if job.prebuilt_state_dict is None and job.context.get(COLLECTED_ALONE) == what:
+        with contextlib.suppress(_NotMeasured):
+            return _planned(job, form, ranks, alone=True)
+    were_alone = ranks.ask_with_next(collects_alone(job.live))
+    save = _planned(job, form, ranks, alone=False)
+    job.context[COLLECTED_ALONE] = what if were_alone() else None
+    return save
+
+
+def _how_it_is_collected(cfg: Any) -> tuple[Any, ...]:
+    """The settings that decide whether ranks need one another to collect their state."""
+    checkpoint = cfg.checkpoint
+    apart = cfg.rng.data_parallel_random_init
+    return (
+        checkpoint.ckpt_format,
+        checkpoint.save_optim,
+        checkpoint.save_rng,
+        checkpoint.dist_ckpt_optim_fully_reshardable,
+        apart,
+    )
+
+
+def _planned(job: SaveJob, form: Format, ranks: Ranks, *, alone: bool) -> SaveTask:
+    """Begin a save, capture the state and plan its writing. Collective.
+
+    Args:
+        job: the save.
+        form: its format.
+        ranks: all ranks.
+        alone: no rank needs another to collect its state. So they need not meet before it is planned: who fails until
+            then says so where the structures are compared.
+
+    Raises:
+        _NotMeasured: `alone`, and the state has to be measured before it is planned. Every rank raises.
+    """
     target, cfg, groups, policy = job.target, job.cfg, job.live.groups, FailurePolicy.of(job.cfg)
     room = room_for(target, job.live.state, job.context)
-    form = _format(job, ranks)
     target = replace(target, checkpoint_format=form.name)
-
     staging = target.save_dir / new_saving_name(target.iteration, ranks.new_name())
 
     def begin() -> bool:
@@ -110,21 +156,29 @@ def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
         with step(_STAGING, for_all=True):
             return with_retries(_STAGING, begin, policy, rank=0)
 
-    def begin_and_capture() -> tuple[Captured, bool]:
-        begun = attempted(_STAGING, begin_on_first)
-        # Whatever has become of it: what a user's model or iterator does here may need all ranks.
-        captured = capture(job.live, job.prebuilt_state_dict)
-        return captured, begun()
-
     try:
-        captured, room_is_checked = ranks.run_and_ask("beginning the save", begin_and_capture)
-        contents = exchange(job.live, captured, ranks)
-        if not room_is_checked:
-            require_state_size(room, lambda: contents().state_dict, target.iteration, ranks)
+        begun, not_begun = attempt(begin_on_first)
+        # Whatever has become of it: what a user's model or iterator does here may need all ranks.
+        captured, not_captured = attempt(lambda: capture(job.live, job.prebuilt_state_dict))
+        has_room = ranks.ask_with_next(bool(begun))
+
+        def require_begun() -> Captured:
+            for error in (not_captured, not_begun):
+                if error is not None:
+                    raise error
+            return captured  # type: ignore[return-value]
+
+        contents: Callable[[], Contents]
+        if alone:
+            contents = cache(lambda: exchange(job.live, require_begun(), ranks)())
+        else:
+            contents = exchange(job.live, ranks.run("beginning the save", require_begun), ranks)
+            if not has_room():
+                require_state_size(room, lambda: contents().state_dict, target.iteration, ranks)
         payload, job.context[SAVE_STRATEGY] = form.plan_save(
             lambda: contents().state_dict,
             staging,
-            captured.metadata,
+            {} if captured is None else captured.metadata,
             ranks,
             SaveOptions(
                 strategy=job.context.get(SAVE_STRATEGY) or _first_planning(job.live.state),
@@ -135,6 +189,8 @@ def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
                 io_backend=cfg.io_backend,
             ),
         )
+        if alone and not has_room():
+            raise _NotMeasured
         metrics = numbers_among(job.live.state.metrics)
         return Save(
             target,

@@ -184,7 +184,8 @@ class Save:
         call = None if self.writer is None else self._hand_over(direct, self.writer, name, patience)
         if call is None and not direct.is_on_host:
             logger.warning("%s cannot be had: training waits until the files are written", name)
-            call = FinishedCall(self._written_at_once(name))
+            report = self._written_at_once(name)
+            call = FinishedCall(lambda: report)
         if call is not None:
             # The copy is what is written: nothing here needs the run's tensors any more.
             self.payload = replace(self.payload, write=_written_elsewhere, direct=None)

@@ -168,6 +168,7 @@ def break_and_mend(cfg: Any) -> dict[str, str]:
         )
 
     return {
+        "first": attempt(run.scheduler, "unused", fail, 1),
         "model": attempt(chunk, "sharded_state_dict", fail, 1),
         "scheduler": attempt(run.scheduler, "state_dict", fail, 1),
         "unpicklable": attempt(run.scheduler, "state_dict", lambda: {"lr": lambda: 0}, 0),
@@ -176,22 +177,25 @@ def break_and_mend(cfg: Any) -> dict[str, str]:
     }
 
 
-def test_a_rank_that_fails_before_a_collective_leaves_no_other_waiting_in_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_a_rank_that_fails_before_a_collective_leaves_no_other_waiting_in_it(tmp_path: Path, together: bool) -> None:
+    """Whether ranks need one another to collect their state, or first meet when they have."""
     cfg = tiny_config(
-        rng={"data_parallel_random_init": True},
-        checkpoint={"save": str(tmp_path), "dist_ckpt_optim_fully_reshardable": True},
+        rng={"data_parallel_random_init": together},
+        checkpoint={"save": str(tmp_path), "dist_ckpt_optim_fully_reshardable": together},
     )
     first, second = run_ranks(break_and_mend, 2, cfg, timeout=60)
     assert first == second
     unpicklable = first.pop("unpicklable")
     assert unpicklable.startswith("CheckpointError: preparing the sharded state failed on rank 0: ")
     assert first == {
+        "first": "saved",
         "model": "CheckpointError: collecting the model's state failed on rank 1: ValueError: broken",
         "scheduler": "CheckpointError: collecting the optimizer's state failed on rank 1: ValueError: broken",
         "comparison": "CheckpointError: preparing the sharded state failed on rank 1: ValueError: broken",
         "nothing": "saved",
     }
-    assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == ["iter_0000004"]
+    assert {entry.name for entry in tmp_path.iterdir() if entry.is_dir()} == {"iter_0000001", "iter_0000005"}
 
 
 def lose_the_staging_directory(cfg: Any) -> tuple[str, str]:

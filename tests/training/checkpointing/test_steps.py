@@ -56,6 +56,21 @@ def test_the_step_that_failed_is_named() -> None:
     ]
 
 
+def questions(ranks: Ranks) -> list[Any]:
+    """What exchanges say that carry questions, and the answers: of one that succeeds and of one that fails, too."""
+    found: list[Any] = []
+
+    def ask(exchange: Callable[[], Any], *flags: bool) -> None:
+        asked = [ranks.ask_with_next(flag) for flag in flags]
+        found.extend((exchange(), [answer() for answer in asked]))
+
+    ask(lambda: ranks.run("asking", lambda: "own"), ranks.rank == 0, True)
+    ask(lambda: ranks.same("asking", "text"), ranks.rank == 1, True)
+    ask(lambda: outcome(lambda: ranks.run("asking", lambda: ranks.rank // (1 - ranks.rank))), True)
+    ask(lambda: ranks.gather_all("asking", 2), ranks.rank == 0)  # carries nothing, so they are asked alone
+    return found
+
+
 def conclusions() -> list[Any]:
     init_ranks()
     ranks = Ranks.current()
@@ -73,8 +88,7 @@ def conclusions() -> list[Any]:
         outcome(lambda: ranks.conclude("asking", lambda: 10, conclude)),
         outcome(lambda: ranks.conclude("asking", fail, conclude)),
         outcome(lambda: ranks.run("going on", late)),
-        ranks.run_and_ask("asking", lambda: ("own", ranks.rank == 0)),
-        ranks.run_and_ask("asking", lambda: ("own", True)),
+        *questions(ranks),
         ranks.new_name(),
         ranks.new_name(),
     ]
@@ -89,8 +103,10 @@ def test_what_follows_from_all_results_is_the_same_on_all_ranks() -> None:
         "CheckpointError: adding up: ZeroDivisionError: integer division or modulo by zero",
         "CheckpointError: asking failed on rank 1: ZeroDivisionError: integer division or modulo by zero",
         "CheckpointError: collecting failed on rank 1: ZeroDivisionError: integer division or modulo by zero",
-        ("own", False),
-        ("own", True),
+        *("own", [False, True]),
+        *(True, [False, True]),
+        *("CheckpointError: asking failed on rank 1: ZeroDivisionError: integer division or modulo by zero", [True]),
+        *([2, 2], [False]),
     ]
     assert len({name, another}) == 2
     assert all(len(each) == 8 and int(each, 16) >= 0 for each in (name, another))
@@ -99,6 +115,8 @@ def test_what_follows_from_all_results_is_the_same_on_all_ranks() -> None:
 def test_an_only_rank_needs_nobody() -> None:
     ranks = Ranks(None, 0, 1)
     assert ranks.conclude("asking", lambda: 1, sum) == 1
-    assert ranks.run_and_ask("asking", lambda: ("own", False)) == ("own", False)
+    (is_so, is_not) = ranks.ask_with_next(True), ranks.ask_with_next(False)
+    assert ranks.run("asking", lambda: "own") == "own"
+    assert (is_so(), is_not(), ranks.ask_with_next(True)()) == (True, False, True)
     assert ranks.new_name() != ranks.new_name()
     assert in_steps(ranks, {0: ValueError("broken")}, {}) == "CheckpointError: reading failed: ValueError: broken"

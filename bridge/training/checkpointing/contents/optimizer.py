@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
 from bridge.training.checkpointing.contents import fsdp_dtensor
 from bridge.training.checkpointing.contents.bucket_padding import padding_between_buckets
@@ -95,17 +97,33 @@ def generate_optimizer_state_dict(
     return sections
 
 
+def is_described_alone(optimizer: Any | None, *, fully_reshardable: bool) -> bool:
+    """Whether a rank needs no other for the section of an optimizer that is saved, as far as its class is known.
+
+    Args:
+        optimizer: megatron-core optimizer, or None.
+        fully_reshardable: whether the state of a distributed one is saved in the model's shape.
+    """
+    kinds = {type(part) for part in _with_state(optimizer)}
+    local = {Float16OptimizerWithFloat16Params, FP32Optimizer}
+    return kinds <= (local if fully_reshardable else {*local, DistributedOptimizer})
+
+
 def allocate_optimizer_state(optimizer: Any) -> None:
     """Give an optimizer that has not stepped yet the zero moments that its first step would start from. Local.
 
     A checkpoint without them could not be loaded: loading asks for every moment.
     """
-    if optimizer is None or getattr(optimizer, "is_stub_optimizer", False):
-        return
-    for part in chained(optimizer):
+    for part in _with_state(optimizer):
         inner = getattr(part, "optimizer", None)
         if inner is not None and not inner.state:
             part.init_state_fn(inner, part.config)
+
+
+def _with_state(optimizer: Any | None) -> list[Any]:
+    """Its parts, unless it is none or a stand-in for one."""
+    is_none = optimizer is None or getattr(optimizer, "is_stub_optimizer", False)
+    return [] if is_none else chained(optimizer)
 
 
 def load_optimizer(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
