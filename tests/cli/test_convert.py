@@ -233,7 +233,7 @@ def test_a_run_goes_on_from_a_converted_checkpoint_bit_for_bit(tmp_path: Path) -
     assert [path.name for path in (tmp_path / "fsdp").iterdir()] == [".bridge-writer"]
 
 
-@pytest.mark.parametrize("name", ["torch_dist", "zarr"])
+@pytest.mark.parametrize("name", ["torch_dist", pytest.param("zarr", marks=pytest.mark.slow)])
 def test_megatron_fsdp_goes_on_after_its_checkpoint_was_in_another_format(tmp_path: Path, name: str) -> None:
     pytest.importorskip("einops")
     config = {"train_iters": 4, "save_interval": 2}

@@ -110,7 +110,14 @@ def test_a_rescued_run_goes_on_bit_for_bit(tmp_path: Path, layout: str, algo: st
     assert resumed == [("persistent", 3, seen[3]) for seen in lost]
 
 
-@pytest.mark.parametrize(("layout", "algo"), [("TP2", "atomic"), ("PP2", "fully_parallel"), ("EP2", "fully_parallel")])
+@pytest.mark.parametrize(
+    ("layout", "algo"),
+    [
+        ("TP2", "atomic"),
+        pytest.param("PP2", "fully_parallel", marks=pytest.mark.slow),
+        ("EP2", "fully_parallel"),
+    ],
+)
 def test_a_rescued_checkpoint_is_what_the_run_would_have_saved(tmp_path: Path, layout: str, algo: str) -> None:
     size, model = LAYOUTS[layout]
     settings = {"model": model, "non_persistent_local_ckpt_algo": algo}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -25,6 +26,7 @@ import yaml
 from bridge.cli.application import parse
 from bridge.training.config import CheckpointConfig, ConfigContainer, load_config
 from bridge.training.config.availability import NOT_AVAILABLE
+from tests.distributed.launch import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -99,7 +101,8 @@ PAGES_WITH_PYTHON = sorted({block.page for block in blocks("python") if block.is
 def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
     """All blocks of a page in one process, in order, in an empty directory that can be imported from.
 
-    Managers that the page's YAML names are made too, as a run would make them.
+    Managers that the page's YAML names are made too, as a run would make them. The README is tried in a new process;
+    the other pages share what this one has imported.
     """
     program = ["import sys; sys.path.insert(0, '')"]
     for block in blocks_of(page):
@@ -115,15 +118,18 @@ def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
             "from bridge.training.config import CheckpointConfig",
             f"create_checkpoint_manager(CheckpointConfig(custom_manager_class={name!r}))",
         ]
-    result = subprocess.run(
-        [sys.executable, "-c", "\n".join(program)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    code = "\n".join(program)
+    if page.name != "README.md":
+        run_ranks(run_program, 1, code, tmp_path)
+        return
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def run_program(code: str, directory: Path) -> None:
+    os.chdir(directory)
+    exec(compile(code, "page", "exec"), {"__name__": "__main__"})
 
 
 def managers_named_in(page: Path) -> set[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,39 +35,39 @@ RESUMES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "TP2 x DP2": (4, {"precision": "bf16", **TP2, **SWIGLU}, {}),
 }
 """World size, model and ddp settings; dropout is on in all."""
+OTHERS = {"gradients and optimizer state only", "TP2", "EP2", "TP2 x DP2"}
+"""Of those: what the rest has some of, too."""
+SLOW = pytest.mark.slow
 
 
-def resume(root: Path, ranks: int) -> dict[str, list[dict[str, Any]]]:
-    """Every case of `RESUMES` of this world size: without interruption, until the save, and from there."""
+def resume(path: str, model: dict[str, Any], ddp: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a run comes to without interruption, until the save, and from there."""
     init_ranks()
-    found = {}
-    for name, (size, model, ddp) in RESUMES.items():
-        if size == ranks:
-            path = str(root / name.replace(" ", "-"))
-            settings: dict[str, Any] = {"model": SMALL | model, "ddp": ddp}
-            runs = [
-                run_to_end(fsdp_config(**settings)),
-                run_to_end(fsdp_config(train_iters=2, save=path, storage_writers_per_rank=2, **settings)),
-                run_to_end(fsdp_config(save=path, load=path, strict_fsdp_dtensor_load=True, **settings)),
-            ]
-            found[name] = [{key: value for key, value in run.items() if key != "whole"} for run in runs]
-    return found
+    settings: dict[str, Any] = {"model": SMALL | model, "ddp": ddp}
+    runs = [
+        run_to_end(fsdp_config(**settings)),
+        run_to_end(fsdp_config(train_iters=2, save=path, storage_writers_per_rank=2, **settings)),
+        run_to_end(fsdp_config(save=path, load=path, strict_fsdp_dtensor_load=True, **settings)),
+    ]
+    return [{key: value for key, value in run.items() if key != "whole"} for run in runs]
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Any]]]:
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[Any]]]:
+    """By a name of `RESUMES`: where its checkpoints are, and what each rank has found."""
     root = tmp_path_factory.mktemp("resumed")
-    by_name: dict[str, list[Any]] = {}
-    for ranks in (1, 2, 4):
-        for found in run_ranks(resume, ranks, root, ranks, timeout=300):
-            for name, runs in found.items():
-                by_name.setdefault(name, []).append(runs)
-    return root, by_name
+
+    @cache
+    def made(name: str) -> tuple[Path, list[Any]]:
+        path, (ranks, *settings) = root / name.replace(" ", "-"), RESUMES[name]
+        return path, run_ranks(resume, ranks, str(path), *settings, timeout=300)
+
+    return made
 
 
-@pytest.mark.parametrize("name", RESUMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name in OTHERS else ()) for name in RESUMES])
 def test_a_resumed_run_ends_like_one_without_interruption_bit_for_bit(name: str, resumed: Any) -> None:
-    for whole, first, second in resumed[1][name]:
+    for whole, first, second in resumed(name)[1]:
         assert first["saved"] == [("iter_0000002", 2, "persistent")]
         assert second["started at"] == 2
         assert second["saved"] == [("iter_0000004", 4, "persistent")]
@@ -74,7 +76,7 @@ def test_a_resumed_run_ends_like_one_without_interruption_bit_for_bit(name: str,
 
 
 def test_a_checkpoint_consists_of_dcp_files_and_the_sidecars(resumed: Any) -> None:
-    path = resumed[0] / "gated-layers-in-bf16/iter_0000002"
+    path = resumed("gated layers in bf16")[0] / "iter_0000002"
     assert {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} == {
         *(f"__{rank}_{number}.distcp" for rank in (0, 1) for number in (0, 1)),
         *(".metadata", "manifest.json", "run_config.yaml", "train_state.pt"),
@@ -84,7 +86,7 @@ def test_a_checkpoint_consists_of_dcp_files_and_the_sidecars(resumed: Any) -> No
 
 
 def test_the_keys_are_those_that_other_programs_expect(resumed: Any) -> None:
-    keys = FileSystemReader(resumed[0] / "gated-layers-in-bf16/iter_0000002").read_metadata().state_dict_metadata
+    keys = FileSystemReader(resumed("gated layers in bf16")[0] / "iter_0000002").read_metadata().state_dict_metadata
     layer = "module.decoder.layers.0.mlp"
     assert {key for key in keys if layer in key and "param_to_group" not in key} == {
         *(f"model.{layer}.linear_fc1.weight_{half}" for half in "wv"),
@@ -103,7 +105,7 @@ def test_the_keys_are_those_that_other_programs_expect(resumed: Any) -> None:
 
 
 def test_experts_have_global_numbers_and_random_states_of_their_own(resumed: Any) -> None:
-    keys = FileSystemReader(resumed[0] / "EP2-x-DP2/iter_0000002").read_metadata().state_dict_metadata
+    keys = FileSystemReader(resumed("EP2 x DP2")[0] / "iter_0000002").read_metadata().state_dict_metadata
     experts = {key.split("local_experts.")[1].split(".")[0] for key in keys if "local_experts" in key}
     assert experts == {"0", "1", "2", "3"}
     assert {key.split(".")[2] for key in keys if key.startswith("rng_state.")} == {"0", "1", "2", "3"}
@@ -132,56 +134,61 @@ CHANGES = [("dense", source, ranks) for source in (1, 2, 4) for ranks in (1, 2, 
     (name, 2, ranks) for name in ("experts", "tensor parallel") for ranks in (1, 4)
 ]
 """Model, the world size that saves, and the one that loads."""
+SELECTED = [("dense", 1, 2), ("dense", 2, 1), ("dense", 2, 4), ("experts", 2, 4), ("tensor parallel", 2, 1)]
+"""Of those: what is not slow."""
 
 
-def save_in_every_layout(root: Path, ranks: int) -> dict[str, list[float]]:
+def save_in_a_layout(model: dict[str, Any], path: Path) -> list[float]:
     init_ranks()
-    losses = {}
-    for name in sorted({name for name, source, _ in CHANGES if source == ranks}):
-        model = SMALL | NO_DROPOUT | LAYOUTS[name][ranks]
-        run = run_to_end(fsdp_config(model=model, save=str(root / f"{name}-{ranks}"), save_interval=2))
-        losses[name] = run["losses"]
+    cfg = fsdp_config(model=SMALL | NO_DROPOUT | model, save=str(path), save_interval=2)
+    losses: list[float] = run_to_end(cfg)["losses"]
     return losses
 
 
-def load_from_every_layout(root: Path, ranks: int) -> dict[tuple[str, int], list[float]]:
-    """Load what other world sizes saved, save it at once, and go on."""
+def load_from_another_layout(model: dict[str, Any], source: Path, path: Path) -> list[float]:
+    """Load what another world size saved, save it at once, and go on."""
     init_ranks()
-    losses: dict[tuple[str, int], list[float]] = {}
-    for name, source, _ in (change for change in CHANGES if change[2] == ranks):
-        cfg = fsdp_config(
-            model=SMALL | NO_DROPOUT | LAYOUTS[name][ranks],
-            load=str(root / f"{name}-{source}"),
-            ckpt_step=2,
-            save=str(root / f"{name}-{source}-{ranks}"),
-            strict_fsdp_dtensor_load=True,
-        )
-        run = setup(cfg)
-        _save(run, "persistent", None)
-        losses[name, source] = losses_of(run)
-    return losses
+    cfg = fsdp_config(
+        model=SMALL | NO_DROPOUT | model,
+        load=str(source),
+        ckpt_step=2,
+        save=str(path),
+        strict_fsdp_dtensor_load=True,
+    )
+    run = setup(cfg)
+    _save(run, "persistent", None)
+    return losses_of(run)
 
 
 @pytest.fixture(scope="module")
-def resharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+def saved_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple[Path, list[float]]]:
+    """By model and world size: where its checkpoints are, and its losses."""
     root = tmp_path_factory.mktemp("resharded")
-    before = {size: run_ranks(save_in_every_layout, size, root, size, timeout=300)[0] for size in (1, 2, 4)}
-    after = {size: run_ranks(load_from_every_layout, size, root, size, timeout=300)[0] for size in (1, 2, 4)}
-    return root, before, after
+
+    @cache
+    def made(name: str, ranks: int) -> tuple[Path, list[float]]:
+        path = root / f"{name}-{ranks}"
+        return path, run_ranks(save_in_a_layout, ranks, LAYOUTS[name][ranks], path, timeout=300)[0]
+
+    return made
 
 
-@pytest.mark.parametrize(("name", "source", "ranks"), CHANGES)
+@pytest.mark.parametrize(
+    ("name", "source", "ranks"),
+    [pytest.param(*change, marks=() if change in SELECTED else SLOW) for change in CHANGES],
+)
 def test_another_world_size_takes_over_every_value_and_goes_on(
-    name: str, source: int, ranks: int, resharded: Any
+    name: str, source: int, ranks: int, saved_by: Any, tmp_path: Path
 ) -> None:
-    root, before, after = resharded
-    saved = stored(root / f"{name}-{source}/iter_0000002")
-    again = stored(root / f"{name}-{source}-{ranks}/iter_0000002")
+    path, losses = saved_by(name, source)
+    after = run_ranks(load_from_another_layout, ranks, LAYOUTS[name][ranks], path, tmp_path, timeout=300)[0]
+    saved = stored(path / "iter_0000002")
+    again = stored(tmp_path / "iter_0000002")
     assert saved.keys() == again.keys()
     assert [key for key in saved if not torch.equal(saved[key], again[key])] == []
     assert not any(value.isnan().any() for value in saved.values())
     # Gradients are summed in another order, so the losses are not equal to the last bit.
-    assert after[ranks][name, source] == pytest.approx(before[source][name][2:], abs=2e-3)
+    assert after == pytest.approx(losses[2:], abs=2e-3)
 
 
 def losses_of(run: Run) -> list[float]:
@@ -202,7 +209,7 @@ def train_both_ways() -> list[tuple[list[float], list[float]]]:
     return pairs
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=SLOW)])
 def test_megatron_fsdp_trains_like_ddp(ranks: int) -> None:
     """Also where a group that shares parameters has one rank only, with several micro-batches."""
     for plain, sharded in run_ranks(train_both_ways, ranks, timeout=300)[0]:

@@ -498,8 +498,22 @@ def config_of(rules: dict[str, Any]) -> CheckpointConfig:
 
 
 @given(RETENTION, LIVES)
-@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_exactly_what_the_model_says_is_kept(bomb: _Bomb, rules: dict[str, Any], life: list[Event]) -> None:
+    live(rules, life, bomb)
+
+
+@pytest.mark.slow
+@given(RETENTION, LIVES)
+@settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_exactly_what_the_model_says_is_kept_in_many_lives(
+    bomb: _Bomb, rules: dict[str, Any], life: list[Event]
+) -> None:
+    live(rules, life, bomb)
+
+
+def live(rules: dict[str, Any], life: list[Event], bomb: _Bomb) -> None:
+    """A run's whole life in a directory of its own."""
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as root:
         world = World(Path(root), rules, bomb)
         for event in life:
