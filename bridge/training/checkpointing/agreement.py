@@ -254,7 +254,7 @@ class Ranks:
     def same(self, phase: str, value: str | None) -> bool:
         """Whether all ranks have the same text, which is not None; the same answer on every rank.
 
-        The smallest of all exchanges: 24 bytes, however many ranks there are.
+        24 bytes, however many ranks there are, and eight more for each question that they carry.
         """
         number = 0 if value is None else int(hashlib.sha256(value.encode()).hexdigest()[:15], 16)
         is_there, least, greatest = self._least(phase, [value is not None, number, -number])

@@ -189,9 +189,10 @@ def _generate(live: LiveObjects, captured: Captured, ranks: Ranks) -> Callable[[
 
 def _random_states(live: LiveObjects, captured: Captured, ranks: Ranks) -> list[dict[str, Any]] | None:
     """The random states that this rank saves: those of its replicas too, if they have states of their own."""
-    own, apart = captured.random_state, _are_apart(live)
+    own = captured.random_state
     if own is None:
         return None
+    apart = _are_apart(live)
     if not apart:
         return [own]
     return ranks.run("gathering the random states", lambda: gather_rng_states(own, apart, pg_collection=live.groups))

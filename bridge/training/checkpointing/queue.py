@@ -81,8 +81,10 @@ class SaveQueue:
         halted: Callable[[], None] | None = None,
         start: Callable[[str], BackgroundCall | None] | None = None,
         finish: Finish | None = None,
-    ) -> None:
+    ) -> bool:
         """Start a request's function in a forked process and remember what finalizes it.
+
+        Ranks do not meet here. A process that cannot be started is one that has failed: `finalize` raises it.
 
         Args:
             request: megatron-core's request. Its preload function runs here, before the fork; its finalize
@@ -101,22 +103,25 @@ class SaveQueue:
             finish: takes the place of the agreement that all ranks' processes have succeeded, and of the finalize
                 functions.
 
-        Ranks do not meet here. A process that cannot be started is one that has failed: `finalize` raises it.
+        Returns:
+            Whether this rank's process was started.
         """
         name = f"the background writer of {label}"
+        has_begun = True
         begun = attempted(f"starting {name}", lambda: _start(request, name, stall_seconds, storage_seconds, start))
         try:
             call = begun()
         except Exception as error:
             # Told to all ranks where they meet: nobody waits for another to have begun.
             logger.error("%s could not be started, so %s will fail: %s", name, label, error)
-            call = FinishedCall(begun)
+            call, has_begun = FinishedCall(begun), False
         self.scheduled += 1
         self._pending.append(
             _Pending(
                 label, persistent, call, request, receive, finish, abandon, failed, halted, Ranks.current().meeting()
             )
         )
+        return has_begun
 
     def finalize(self, blocking: bool = False, settle: Settle = _raise) -> int:
         """Finalize the saves that all ranks have written, and return how many there were.

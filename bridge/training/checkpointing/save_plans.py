@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -94,31 +95,32 @@ def plan_save(job: SaveJob, ranks: Ranks) -> SaveTask:
 
 
 class _NotMeasured(Exception):
-    """There may be too little room for the state, which nobody has measured."""
+    """There may be too little room, and nobody has measured the state. Nothing was written."""
 
 
 def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
     form = _format(job, ranks)
-    what = (job.live.optimizer, *_how_it_is_collected(job.live.state.cfg))
-    if job.prebuilt_state_dict is None and job.context.get(COLLECTED_ALONE) == what:
+    what = _what_is_collected(job.live)
+    if job.context.get(COLLECTED_ALONE) == what and job.prebuilt_state_dict is None and not form.saves_while_planning:
         with contextlib.suppress(_NotMeasured):
             return _planned(job, form, ranks, alone=True)
-    were_alone = ranks.ask_with_next(collects_alone(job.live))
+    is_alone, _ = attempt(lambda: collects_alone(job.live))
+    were_alone = ranks.ask_with_next(bool(is_alone))
     save = _planned(job, form, ranks, alone=False)
     job.context[COLLECTED_ALONE] = what if were_alone() else None
     return save
 
 
-def _how_it_is_collected(cfg: Any) -> tuple[Any, ...]:
-    """The settings that decide whether ranks need one another to collect their state."""
-    checkpoint = cfg.checkpoint
-    apart = cfg.rng.data_parallel_random_init
+def _what_is_collected(live: LiveObjects) -> tuple[Any, ...]:
+    """What decides whether ranks need one another to collect their state: the optimizer, and settings."""
+    cfg, optimizer = live.state.cfg.checkpoint, live.optimizer
     return (
-        checkpoint.ckpt_format,
-        checkpoint.save_optim,
-        checkpoint.save_rng,
-        checkpoint.dist_ckpt_optim_fully_reshardable,
-        apart,
+        None if optimizer is None else weakref.ref(optimizer),
+        cfg.ckpt_format,
+        cfg.save_optim,
+        cfg.save_rng,
+        cfg.dist_ckpt_optim_fully_reshardable,
+        live.state.cfg.rng.data_parallel_random_init,
     )
 
 
@@ -129,11 +131,12 @@ def _planned(job: SaveJob, form: Format, ranks: Ranks, *, alone: bool) -> SaveTa
         job: the save.
         form: its format.
         ranks: all ranks.
-        alone: no rank needs another to collect its state. So they need not meet before it is planned: who fails until
-            then says so where the structures are compared.
+        alone: no rank needs another to collect its state. So they first meet where its structure is compared with that
+            of the save before: who has failed until then says so there.
 
     Raises:
-        _NotMeasured: `alone`, and the state has to be measured before it is planned. Every rank raises.
+        _NotMeasured: `alone`, and the state has to be measured, which is done before it is planned. Every rank raises.
+            To begin anew captures the state again, so that users' code is asked for its part of it once more.
     """
     target, cfg, groups, policy = job.target, job.cfg, job.live.groups, FailurePolicy.of(job.cfg)
     room = room_for(target, job.live.state, job.context)
@@ -161,6 +164,8 @@ def _planned(job: SaveJob, form: Format, ranks: Ranks, *, alone: bool) -> SaveTa
         # Whatever has become of it: what a user's model or iterator does here may need all ranks.
         captured, not_captured = attempt(lambda: capture(job.live, job.prebuilt_state_dict))
         has_room = ranks.ask_with_next(bool(begun))
+        writer = writer_of(job.context) if cfg.async_save and cfg.io_backend == "direct" else None
+        has_writer = ranks.ask_with_next(writer is None or writer.is_ready)
 
         def require_begun() -> Captured:
             for error in (not_captured, not_begun):
@@ -204,7 +209,8 @@ def _planned(job: SaveJob, form: Format, ranks: Ranks, *, alone: bool) -> SaveTa
             policy=policy,
             start=job.start,
             checksum=cfg.checksum,
-            writer=writer_of(job.context) if cfg.async_save and cfg.io_backend == "direct" else None,
+            writer=writer,
+            start_is_awaited=not has_writer(),
         )
     except BaseException:
         if ranks.is_first:

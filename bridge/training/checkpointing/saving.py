@@ -2,7 +2,8 @@
 
 Every phase is collective and ends in agreement, so a failure on one rank is the same error on all of
 them and nothing is published. An asynchronous save differs in two points only: another process writes,
-from a copy or as a fork, and the commit runs when the queue finds it done.
+from a copy or as a fork, and what has come of that, its start included, is agreed on in the commit, which
+runs when the queue finds it done.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def save_checkpoint(
         ConfigError: the checkpoint settings contradict one another.
         CheckpointError: some rank failed. Every rank raises; the trackers and older checkpoints are untouched.
             With `checkpoint.on_save_failure: warn` most failures are logged and not raised. The failure of an
-            earlier asynchronous save is raised when this one is published.
+            earlier asynchronous save is raised when this one is published. That a background writer could not be
+            started is raised when its checkpoint would be published.
     """
     del pipeline_rank, tensor_rank
     cfg = state.cfg.checkpoint
@@ -214,7 +216,7 @@ def _carry_out(save: SaveTask, state: Any, ranks: Ranks, record: SaveRecord) -> 
     # Before the other ranks, which may be waiting for this one, give it up.
     storage_seconds = _PATIENCE * 60.0 * cfg.wait_timeout_minutes
     patience = Patience(cfg.writer_stall_seconds, storage_seconds, policy.waits, tuple(LASTING))
-    queue_of(state).schedule(
+    has_begun = queue_of(state).schedule(
         AsyncRequest(write, (), []),
         label,
         abandon=save.abandon,
@@ -226,7 +228,11 @@ def _carry_out(save: SaveTask, state: Any, ranks: Ranks, record: SaveRecord) -> 
         start=lambda name: save.begin(name, patience),
         finish=lambda phase, collect: save.finish(phase, collect, record.written),
     )
-    record.captured()
+    if save.start_is_awaited:
+        # Here, not in training, whose exchanges wait less long.
+        ranks.run(f"starting the background writer of {label}", lambda: None)
+    if has_begun:
+        record.captured()
 
 
 def _in_background(cfg: Any, target: SaveTarget) -> bool:

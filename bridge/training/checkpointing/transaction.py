@@ -100,6 +100,10 @@ class SaveTask(Protocol):
     def published(self) -> bool:
         """Whether the checkpoint is there, as far as this rank has published it itself."""
 
+    @property
+    def start_is_awaited(self) -> bool:
+        """Whether ranks wait for one another behind `begin`, because one of them may take long. The same on all."""
+
     def write(self) -> Any:
         """Write this rank's part and return a report of it; run again after a failure, it begins anew."""
 
@@ -145,6 +149,8 @@ class Save:
     """The kind of checksum that the manifest gets."""
     writer: BackgroundWriter | None = None
     """Writes in the background, if that is wanted."""
+    start_is_awaited: bool = False
+    """See `SaveTask.start_is_awaited`."""
     published: bool = field(default=False)
     """On rank 0, which publishes it."""
 

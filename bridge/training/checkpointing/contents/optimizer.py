@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+)
 
 from bridge.training.checkpointing.contents import fsdp_dtensor
 from bridge.training.checkpointing.contents.bucket_padding import padding_between_buckets
@@ -33,6 +37,9 @@ from bridge.training.checkpointing.plans.resharding import (
 OPTIMIZER = "optimizer"
 SCHEDULER = "opt_param_scheduler"
 LEGACY_SCHEDULER = "lr_scheduler"
+
+_LOCAL_MODULES = ("bridge.", "torch.optim.", "apex.", "transformer_engine.", "megatron.core.optimizer.", "builtins")
+"""Of the optimizers inside those of megatron-core, if there are any, whose state a rank describes by itself."""
 
 
 def build_sharded_state_dict_metadata(use_distributed_optimizer: bool, cfg: Any) -> dict[str, Any]:
@@ -98,15 +105,20 @@ def generate_optimizer_state_dict(
 
 
 def is_described_alone(optimizer: Any | None, *, fully_reshardable: bool) -> bool:
-    """Whether a rank needs no other for the section of an optimizer that is saved, as far as its class is known.
+    """Whether a rank certainly needs no other for the section of an optimizer that is saved.
 
     Args:
-        optimizer: megatron-core optimizer, or None.
+        optimizer: megatron-core optimizer, or None. Of classes of others, subclasses included, nothing is known.
         fully_reshardable: whether the state of a distributed one is saved in the model's shape.
     """
-    kinds = {type(part) for part in _with_state(optimizer)}
-    local = {Float16OptimizerWithFloat16Params, FP32Optimizer}
-    return kinds <= (local if fully_reshardable else {*local, DistributedOptimizer})
+    parts = _with_state(optimizer)
+    local = {Float16OptimizerWithFloat16Params, FP32Optimizer, *(() if fully_reshardable else (DistributedOptimizer,))}
+    inner = {type(getattr(part, "optimizer", None)).__module__ for part in parts}
+    return (
+        (not parts or type(optimizer) in {ChainedOptimizer, *local})
+        and {type(part) for part in parts} <= local
+        and all(module.startswith(_LOCAL_MODULES) for module in inner)
+    )
 
 
 def allocate_optimizer_state(optimizer: Any) -> None:

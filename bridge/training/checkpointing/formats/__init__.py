@@ -114,5 +114,7 @@ class Format:
     """Names of the files that every whole checkpoint of the format has."""
     is_shard: Callable[[str], bool]
     """Whether a file, by its path inside the checkpoint, holds values: as a rule too large to read it only to check."""
+    saves_while_planning: bool = False
+    """Whether planning a save writes its values already."""
     reads_elsewhere: bool = False
     """Whether it can read shards that are not in the checkpoint's directory."""

@@ -61,6 +61,7 @@ def _format(backend: str, plan_save: PlanSave) -> Format:
         read_common,
         files=(MCORE_METADATA, COMMON),
         is_shard=lambda file: file not in (MCORE_METADATA, COMMON, RUN_CONFIG, TRAIN_STATE),
+        saves_while_planning=True,
     )
 
 

@@ -113,6 +113,11 @@ class BackgroundWriter:
         return self._image.size
 
     @property
+    def is_ready(self) -> bool:
+        """Whether there are a process and memory since an earlier save, so that one as large can count on both."""
+        return self._is_ready and self._process is not None and self._process.poll() is None and self._image.size > 0
+
+    @property
     def pid(self) -> int | None:
         """The process, if there is one."""
         return None if self._process is None else self._process.pid

@@ -92,6 +92,7 @@ class RankLocalSave:
     total_bytes: int
     """Of this rank's own tensors."""
     published: bool = field(default=False)
+    start_is_awaited: bool = False
 
     def write(self) -> None:
         """Store the snapshots. Talks to no other rank, so it may run in a background process."""

@@ -13,10 +13,12 @@ import pytest
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import base
 
-from bridge.training.checkpointing.errors import CheckpointMismatchError
+from bridge.training.checkpointing import disk, save_checkpoint
+from bridge.training.checkpointing.errors import CheckpointMismatchError, NotEnoughSpaceError
 from bridge.training.checkpointing.events.file import read_events
 from bridge.training.checkpointing.events.kinds import SaveCommitted
 from bridge.training.checkpointing.formats.registry import format_named
+from bridge.training.setup import setup
 from tests.distributed.launch import init_ranks, run_ranks
 from tests.training.checkpointing.formats import zarr_states as states
 from tests.training.tiny import run_to_end, tiny_config
@@ -74,6 +76,40 @@ def train_and_resume(package: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     again = {"load": str(package / "runs"), "ckpt_step": 2, "save": str(package / "by-name"), "ckpt_format": "flat"}
     assert run_to_end(tiny_config(checkpoint=again))["digests"] == whole["digests"]
     return continued, whole
+
+
+def test_nothing_is_written_before_it_is_known_that_there_is_room(package: Path) -> None:
+    (found,) = run_ranks(save_without_room, 1, package)
+    assert found == [["writes"], ["writes"], ["NotEnoughSpaceError"]]
+
+
+def save_without_room(package: Path) -> list[list[str]]:
+    """What the strategy does in two saves, and in a third one for which there is no room."""
+    sys.path.insert(0, str(package))
+    from mypackage.flat import FlatSave
+
+    done: list[str] = []
+
+    class Noting(FlatSave):  # type: ignore[misc]
+        def save(self, *arguments: Any) -> Any:
+            done.append("writes")
+            return super().save(*arguments)
+
+    base.register_default_strategy(base.StrategyAction.SAVE_SHARDED, "flat", 1, Noting())
+    run = setup(tiny_config(checkpoint={"save": str(package / "runs"), "ckpt_format": "flat"}))
+    context: dict[str, Any] = {}
+    found = []
+    for step in (1, 2, 3):
+        run.state.train_state.step = step
+        if step == 3:
+            disk.available_bytes = lambda path: 1000  # in this forked rank only
+        try:
+            save_checkpoint(run.state, run.model, run.optimizer, run.scheduler, 0, context)
+        except NotEnoughSpaceError as error:
+            done.append(type(error).__name__)
+        found.append([*done])
+        done.clear()
+    return found
 
 
 def test_a_checkpoint_of_an_unknown_backend_is_refused(package: Path) -> None:
