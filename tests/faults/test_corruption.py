@@ -282,6 +282,7 @@ def test_damaged_or_lost_notes_of_the_starts_lose_nothing(saved: dict[int, Path]
     for outcome in found:
         if outcome.name.startswith("make_a_directory "):  # somebody has to look: it may be readable later
             assert "what it knows of the run's starts cannot be read: [Errno 21] Is a directory" in outcome.error
+            assert outcome.error.endswith(".bridge-starts readable, or move it away if it is no file")
         else:
             assert (outcome.error, outcome.loaded, outcome.marked) == ("", NEWEST, ()), outcome
         assert outcome.state == whole[NEWEST], outcome.name

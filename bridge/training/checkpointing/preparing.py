@@ -22,7 +22,7 @@ from bridge.training.checkpointing.objects.places import save_directory, upload_
 from bridge.training.checkpointing.objects.run import begin_uploads
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.retention.trash import trash_of
-from bridge.training.checkpointing.starts import Starts, read_starts, starts_to_go_on, write_starts
+from bridge.training.checkpointing.starts import STARTS, Starts, read_starts, starts_to_go_on, write_starts
 from bridge.training.checkpointing.tiers import NonPersistentTier
 from bridge.training.checkpointing.tiers.availability import RankLocalStore
 from bridge.training.checkpointing.tiers.global_directory import SETTING, GlobalTier
@@ -112,7 +112,7 @@ def prepare_directories(checkpoint_config: Any, context: dict[str, Any], ranks: 
         except OSError as error:
             raise CheckpointSaveError(
                 f"checkpoint.save: {save_dir} cannot be made ready, because what it knows of the run's starts cannot "
-                f"be read: {error}"
+                f"be read: {error}; make {save_dir / STARTS} readable, or move it away if it is no file"
             ) from error
 
     return ranks.first("preparing checkpoint.save", make_ready)
