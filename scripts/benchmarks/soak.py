@@ -22,7 +22,6 @@ import gc
 import json
 import logging
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -31,6 +30,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from scripts.benchmarks._ranks import free_port
 
 WARM_UP = 0.1
 """The part of the saves that slopes leave out: memory is found and caches fill."""
@@ -108,12 +109,10 @@ def soak(saves: int, ranks: int, keep: int, directory: Path | None = None) -> Re
     accelerator.enable()
     import megatron.core  # noqa: F401  (imported here so that the ranks need not)
 
-    with tempfile.TemporaryDirectory(dir=directory) as place, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory(dir=directory) as place:
         begun = time.monotonic()
-        multiprocessing.start_processes(_rank, (ranks, port, saves, keep, Path(place)), ranks, start_method="fork")
+        arguments = (ranks, free_port(), saves, keep, Path(place))
+        multiprocessing.start_processes(_rank, arguments, ranks, start_method="fork")
         seconds = time.monotonic() - begun
         found = [json.loads((Path(place) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
         kept = len(list((Path(place) / "save").glob("iter_*")))

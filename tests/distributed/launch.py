@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from bridge import accelerator
+from tests.distributed.forking import fork
 
 accelerator.enable()
 
@@ -105,7 +106,7 @@ def _fork(
     log, result = directory / f"rank{number}.log", directory / f"rank{number}.pickle"
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
+    pid = fork()
     if pid:
         with contextlib.suppress(PermissionError, ProcessLookupError):
             os.setpgid(pid, pid)  # here and in the child: whichever runs first

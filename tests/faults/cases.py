@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from bridge.training.checkpointing.integrity import find_damage, read_manifest
 from bridge.training.checkpointing.layout import TRACKER, is_leftover, iteration_name, list_checkpoints
+from tests.distributed.forking import fork
 from tests.faults import job as jobs
 from tests.faults.job import Job, Ran
 from tests.faults.order import violations
@@ -256,8 +257,9 @@ def side_by_side(works: Sequence[Callable[[], T]], timeout: float = 4 * jobs.TIM
                     if not succeeded:
                         raise AssertionError(value)
                     results[number] = value
-                if any(time.monotonic() > deadline for _, _, deadline in running.values()):
-                    raise AssertionError(f"a case took more than {timeout:g} s")
+                late = [number for number, _, deadline in running.values() if time.monotonic() > deadline]
+                if late:
+                    raise AssertionError(f"a case took more than {timeout:g} s: {works[late[0]]}")
                 time.sleep(0.005)
         finally:
             for pid in running:
@@ -267,7 +269,7 @@ def side_by_side(works: Sequence[Callable[[], T]], timeout: float = 4 * jobs.TIM
 
 
 def _forked(work: Callable[[], Any], file: Path) -> int:
-    pid = os.fork()
+    pid = fork()
     if pid:
         return pid
     try:

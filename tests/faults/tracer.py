@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.distributed.forking import fork
 from tests.faults.system_calls import BY_NUMBER, OPEN_TO_WRITE, WRITE_LIKE, SystemCall, files_of
 
 _SEIZE, _LISTEN, _CONT, _SYSCALL, _POKEUSER, _GET_EVENT, _SYSCALL_INFO = 0x4206, 0x4208, 7, 24, 6, 0x4201, 0x420E
@@ -264,7 +265,7 @@ class _Tracer:
 def _fork_traced(start: Callable[[], None]) -> int:
     """A child that waits until it is traced, and then goes on to `start`."""
     gate, opener = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         try:
             os.close(opener)
