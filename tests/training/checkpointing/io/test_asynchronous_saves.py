@@ -31,6 +31,7 @@ from bridge.training.save_decisions import Decision
 from bridge.training.setup import Run, setup
 from bridge.training.train import _carry_out
 from tests.distributed.launch import run_ranks
+from tests.training.checkpointing.test_exchanges import counted
 from tests.training.tiny import tiny_config
 
 
@@ -183,6 +184,28 @@ def test_a_save_that_was_asked_for_is_not_skipped(tmp_path: Path) -> None:
         assert failed == (
             "starting the background writer of this save failed on rank 1: OSError: [Errno 28] No space left on device"
         )
+
+
+def save_with_old_and_new_writers(cfg: Any) -> list[bool]:
+    """Whether ranks have waited behind the start of each save; before the third, one of them loses its writer."""
+    run, found = setup(cfg), []
+    for step in (1, 2, 3, 4):
+        if step == 3 and dist.get_rank() == 1:
+            (process,) = writers()
+            process.kill()
+            process.wait()
+        exchanges: list[str] = []
+        with counted(exchanges):
+            save(run, step)
+        found.append(any("starting the background writer" in exchange for exchange in exchanges))
+        finish(run)
+    return found
+
+
+def test_ranks_wait_for_one_another_where_a_writer_is_new(tmp_path: Path) -> None:
+    """One that cannot be had makes its rank write by itself, which may take longer than training would wait for it."""
+    cfg = tiny_config(checkpoint={"save": str(tmp_path), "async_save": True})
+    assert run_ranks(save_with_old_and_new_writers, 2, cfg) == [[True, False, True, False]] * 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
