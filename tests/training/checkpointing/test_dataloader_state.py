@@ -100,9 +100,14 @@ RUNS: list[tuple[str, int, dict[str, int], IteratorBuilder, int]] = [
     ("ours, TP2", 2, {"tensor_model_parallel_size": 2}, build_train_iterator, 0),
     ("ours, DP2, workers", 2, {}, build_train_iterator, 2),
 ]
+SLOW = {"torchdata, DP2", "torchdata, PP4"}
+"""Of those: what the rest has some of, too."""
 
 
-@pytest.mark.parametrize(("world_size", "model", "build", "workers"), [r[1:] for r in RUNS], ids=[r[0] for r in RUNS])
+@pytest.mark.parametrize(
+    ("world_size", "model", "build", "workers"),
+    [pytest.param(*rest, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, *rest in RUNS],
+)
 def test_the_batches_after_a_resume_are_those_of_the_uninterrupted_run(
     tmp_path: Path, world_size: int, model: dict[str, int], build: IteratorBuilder, workers: int
 ) -> None:

@@ -84,8 +84,14 @@ def resume(cfg: Any) -> tuple[str | None, int, dict[str, str]]:
     return run.state.loaded_kind, run.state.train_state.step, digests(run)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", ["DP2", "TP2", "PP2 with VPP2", "EP2"])
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        *((layout, kind) for layout in ("DP2", "TP2") for kind in KINDS),
+        *(("PP2 with VPP2", "in_memory"), ("EP2", "local")),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in (("PP2 with VPP2", "local"), ("EP2", "in_memory"))),
+    ],
+)
 def test_a_restart_goes_on_from_the_newest_snapshot(tmp_path: Path, kind: str, layout: str) -> None:
     size, model = LAYOUTS[layout]
     algo = "atomic" if layout in ("TP2", "EP2") else "fully_parallel"
