@@ -81,10 +81,11 @@ class SaveQueue:
         halted: Callable[[], None] | None = None,
         start: Callable[[str], BackgroundCall | None] | None = None,
         finish: Finish | None = None,
+        awaited: bool = False,
     ) -> bool:
         """Start a request's function in a forked process and remember what finalizes it.
 
-        Ranks do not meet here. A process that cannot be started is one that has failed: `finalize` raises it.
+        A process that cannot be started is one that has failed: `finalize` raises it.
 
         Args:
             request: megatron-core's request. Its preload function runs here, before the fork; its finalize
@@ -102,9 +103,13 @@ class SaveQueue:
                 value of None, leaves it to that.
             finish: takes the place of the agreement that all ranks' processes have succeeded, and of the finalize
                 functions.
+            awaited: wait here until every rank has started its process, or has found that it cannot. Collective.
 
         Returns:
             Whether this rank's process was started.
+
+        Raises:
+            RankLostError: a rank did not arrive where the start is awaited.
         """
         name = f"the background writer of {label}"
         has_begun = True
@@ -115,6 +120,14 @@ class SaveQueue:
             # Told to all ranks where they meet: nobody waits for another to have begun.
             logger.error("%s could not be started, so %s will fail: %s", name, label, error)
             call, has_begun = FinishedCall(begun), False
+        if awaited:
+            try:
+                Ranks.current().run(f"starting {name}", lambda: None)
+            except BaseException:
+                if call is not None:
+                    with _logging_trouble(f"ending {name}"):
+                        call.kill()
+                raise
         self.scheduled += 1
         self._pending.append(
             _Pending(

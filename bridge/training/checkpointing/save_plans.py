@@ -50,8 +50,7 @@ SAVE_FORMAT = "save_format"
 """Key of the checkpointing context: the name of the format that saves have, and the format."""
 
 COLLECTED_ALONE = "collected_alone"
-"""Key of the checkpointing context: the optimizer and the settings with which no rank needs another to collect its
-state, as all of them have found; or None."""
+"""Key of the checkpointing context: with what no rank needs another to collect its state (`_Alone`), or None."""
 
 SNAPSHOT_STRUCTURE = "local_checkpoint_cache"
 """Key of the checkpointing context: how ranks share the state in local and in-memory checkpoints."""
@@ -98,30 +97,46 @@ class _NotMeasured(Exception):
     """There may be too little room, and nobody has measured the state. Nothing was written."""
 
 
+@dataclass(frozen=True)
+class _Alone:
+    """With what no rank needs another to collect its state, as all of them have found."""
+
+    optimizer: weakref.ref[Any] | None
+    settings: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, live: LiveObjects) -> _Alone | None:
+        """What to remember; None where this rank may need others."""
+        if not collects_alone(live):
+            return None
+        return cls(None if live.optimizer is None else weakref.ref(live.optimizer), _settings_of(live))
+
+    def is_still_so(self, live: LiveObjects) -> bool:
+        """Whether these are the same optimizer and settings. The same answer on every rank."""
+        known, found = self.optimizer, live.optimizer
+        is_same = found is None if known is None else found is not None and known() is found
+        return is_same and self.settings == _settings_of(live)
+
+
+def _settings_of(live: LiveObjects) -> tuple[Any, ...]:
+    """Those that decide whether ranks need one another to collect their state."""
+    cfg = live.state.cfg.checkpoint
+    apart = live.state.cfg.rng.data_parallel_random_init
+    return cfg.ckpt_format, cfg.save_optim, cfg.save_rng, cfg.dist_ckpt_optim_fully_reshardable, apart
+
+
 def _plan_directory(job: SaveJob, ranks: Ranks) -> SaveTask:
     form = _format(job, ranks)
-    what = _what_is_collected(job.live)
-    if job.context.get(COLLECTED_ALONE) == what and job.prebuilt_state_dict is None and not form.saves_while_planning:
+    known: _Alone | None = job.context.get(COLLECTED_ALONE)
+    is_alone = known is not None and known.is_still_so(job.live)
+    if is_alone and job.prebuilt_state_dict is None and not form.saves_while_planning:
         with contextlib.suppress(_NotMeasured):
             return _planned(job, form, ranks, alone=True)
-    is_alone, _ = attempt(lambda: collects_alone(job.live))
-    were_alone = ranks.ask_with_next(bool(is_alone))
+    alone, _ = attempt(lambda: _Alone.of(job.live))
+    all_alone = ranks.ask_with_next(alone is not None)
     save = _planned(job, form, ranks, alone=False)
-    job.context[COLLECTED_ALONE] = what if were_alone() else None
+    job.context[COLLECTED_ALONE] = alone if all_alone() else None
     return save
-
-
-def _what_is_collected(live: LiveObjects) -> tuple[Any, ...]:
-    """What decides whether ranks need one another to collect their state: the optimizer, and settings."""
-    cfg, optimizer = live.state.cfg.checkpoint, live.optimizer
-    return (
-        None if optimizer is None else weakref.ref(optimizer),
-        cfg.ckpt_format,
-        cfg.save_optim,
-        cfg.save_rng,
-        cfg.dist_ckpt_optim_fully_reshardable,
-        live.state.cfg.rng.data_parallel_random_init,
-    )
 
 
 def _planned(job: SaveJob, form: Format, ranks: Ranks, *, alone: bool) -> SaveTask:
@@ -210,7 +225,7 @@ def _planned(job: SaveJob, form: Format, ranks: Ranks, *, alone: bool) -> SaveTa
             start=job.start,
             checksum=cfg.checksum,
             writer=writer,
-            start_is_awaited=not has_writer(),
+            start_is_awaited=ranks.size == 1 or not has_writer(),
         )
     except BaseException:
         if ranks.is_first:

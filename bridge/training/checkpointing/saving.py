@@ -227,12 +227,9 @@ def _carry_out(save: SaveTask, state: Any, ranks: Ranks, record: SaveRecord) -> 
         halted=record.halted,
         start=lambda name: save.begin(name, patience),
         finish=lambda phase, collect: save.finish(phase, collect, record.written),
+        awaited=save.start_is_awaited,
     )
-    if save.start_is_awaited:
-        # Here, not in training, whose exchanges wait less long.
-        ranks.run(f"starting the background writer of {label}", lambda: None)
-    if has_begun:
-        record.captured()
+    record.captured(has_begun)
 
 
 def _in_background(cfg: Any, target: SaveTarget) -> bool:

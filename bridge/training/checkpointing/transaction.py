@@ -102,7 +102,8 @@ class SaveTask(Protocol):
 
     @property
     def start_is_awaited(self) -> bool:
-        """Whether ranks wait for one another behind `begin`, because one of them may take long. The same on all."""
+        """Whether ranks wait for one another behind `begin`, because one may take longer there than training waits for
+        it. The same on all ranks."""
 
     def write(self) -> Any:
         """Write this rank's part and return a report of it; run again after a failure, it begins anew."""
@@ -176,19 +177,22 @@ class Save:
             patience: what is borne before the save has failed.
 
         Where there can be no such process, and a fork could not read the tensors since they are on a device, the files
-        are written before this returns.
+        are written before this returns; but not if the other ranks do not wait for that, because their training would
+        give this rank up.
 
         Returns:
             What ends in this rank's report; None where a fork is to write, and nothing has happened.
 
         Raises:
-            CheckpointSaveError: files that are written at once could not be.
+            CheckpointSaveError: files that are written at once could not be, or a process that was counted on is lost.
         """
         direct = self.payload.direct
         if direct is None:
             return None
         call = None if self.writer is None else self._hand_over(direct, self.writer, name, patience)
         if call is None and not direct.is_on_host:
+            if not self.start_is_awaited:
+                raise CheckpointSaveError(f"{name} was lost; the next save has another, or does without")
             logger.warning("%s cannot be had: training waits until the files are written", name)
             report = self._written_at_once(name)
             call = FinishedCall(lambda: report)

@@ -101,10 +101,11 @@ class SaveRecord:
         self.pace.skipped = 0
         self.events.emit(SaveStarted(**self._common(), path=str(directory), background=self.background))
 
-    def captured(self) -> None:
-        """The state was captured; in the background, training goes on."""
+    def captured(self, taken: bool = True) -> None:
+        """The state was captured, unless that has failed; in the background, training goes on."""
         self._captured = self.clock()
-        self.events.emit(SnapshotTaken(**self._common(), blocking_seconds=self._captured - self.started))
+        if taken:
+            self.events.emit(SnapshotTaken(**self._common(), blocking_seconds=self._captured - self.started))
 
     def halted(self) -> None:
         """Training stands still from now on until the save is over. May be repeated."""

@@ -171,6 +171,7 @@ class BackgroundWriter:
         size = size_of(files.images, files.small)
         if not self._image.has_room(size):
             logger.warning("there is not enough memory for a snapshot of %.1f MiB", size / 2**20)
+            self._forget()  # nobody counts on it any more
             return None
         try:
             process, connection = self._start()

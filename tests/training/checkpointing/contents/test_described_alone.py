@@ -16,6 +16,7 @@ from bridge.training.checkpointing.contents.optimizer import is_described_alone
 from bridge.training.checkpointing.contents.optimizer_forms import chained
 from bridge.training.checkpointing.errors import CheckpointError
 from bridge.training.checkpointing.parallel import default_pg_collection
+from bridge.training.checkpointing.save_plans import COLLECTED_ALONE
 from bridge.training.setup import Run, setup
 from tests.distributed.launch import run_ranks
 from tests.training.tiny import tiny_config
@@ -81,6 +82,36 @@ def fail_in_the_third_save(cfg: Any) -> tuple[list[str], tuple[bool, bool]]:
         else:
             seen.append("saved")
     return seen, answers(optimizer)
+
+
+class Slotted:
+    """An optimizer of another program: no weak reference to it can be made, and it is equal to all others."""
+
+    __slots__ = ("is_stub_optimizer",)
+
+    def __init__(self) -> None:
+        self.is_stub_optimizer = False
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("it holds tensors")
+
+
+def save_with_optimizers_of_others(cfg: Any) -> list[bool]:
+    """Whether ranks may collect their state alone after each save."""
+    run = setup(cfg)
+    context: dict[str, Any] = {}
+    found = []
+    for step, optimizer in enumerate((run.optimizer, run.optimizer, Slotted(), Slotted(), None, None, run.optimizer)):
+        run.state.train_state.step = step
+        save_checkpoint(run.state, run.model, optimizer, None, 0, context)
+        found.append(context[COLLECTED_ALONE] is not None)
+    return found
+
+
+def test_any_optimizer_may_come_along_when_none_is_saved(tmp_path: Path) -> None:
+    cfg = tiny_config(checkpoint={"save": str(tmp_path), "save_optim": False})
+    expected = [True, True, False, False, True, True, True]
+    assert run_ranks(save_with_optimizers_of_others, 2, cfg) == [expected, expected]
 
 
 @pytest.mark.filterwarnings("ignore")

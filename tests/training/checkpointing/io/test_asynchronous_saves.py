@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from bridge.training.checkpointing import CheckpointSaveContext
-from bridge.training.checkpointing.errors import CheckpointError
+from bridge.training.checkpointing.errors import CheckpointError, CheckpointSaveError
 from bridge.training.checkpointing.events.file import read_events
 from bridge.training.checkpointing.formats import PayloadWrite
 from bridge.training.checkpointing.formats.direct import DirectWrite
@@ -208,17 +208,23 @@ def test_ranks_wait_for_one_another_where_a_writer_is_new(tmp_path: Path) -> Non
     assert run_ranks(save_with_old_and_new_writers, 2, cfg) == [[True, False, True, False]] * 2
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("device", "awaited"), [("cpu", True), ("meta", True), ("meta", False)])
 def test_files_that_no_other_process_can_write_are_written_at_once(
-    tmp_path: Path, device: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, device: str, awaited: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """If the other ranks wait for that."""
     frame = Frames().of(torch.float32, torch.Size([3]))
     assert frame is not None
     image = FileImage("file", frame.length, [TensorPart(0, frame, torch.ones(3, device=device))])
     (tmp_path / "file").write_bytes(b"content")
     payload = PayloadWrite(lambda _: (["file"], "result"), list, direct=DirectWrite(lambda: [image], tmp_path, list))
     layout: Any = None
-    save = Save(SaveTarget(tmp_path, 1), tmp_path, payload, (), layout, lambda _: None, 0.0)
+    target = SaveTarget(tmp_path, 1)
+    save = Save(target, tmp_path, payload, (), layout, lambda _: None, 0.0, start_is_awaited=awaited)
+    if not awaited:
+        with pytest.raises(CheckpointSaveError, match="the writer was lost; the next save has another, or does withou"):
+            save.begin("the writer", Patience())
+        return
     call = save.begin("the writer", Patience())
     if device == "cpu":  # a fork can do it
         assert call is None
