@@ -31,8 +31,8 @@ typecheck: setup ## mypy, strict, over bridge/
 pytest: setup ## the tests alone; ARGS='-k name' passes arguments to pytest
 	@$(VENV) -m pytest -n 2 --dist loadfile $(ARGS)
 
-faults: setup ## the whole fault-injection suite (docs/faults.md); takes an hour or so on 2 cores
-	@$(VENV) -m pytest tests/faults -m 'faults or not slow' $(ARGS)
+faults: setup ## the whole fault-injection suite (docs/faults.md); takes half an hour or more on 2 cores
+	@$(VENV) -m pytest tests/faults -m 'faults or not slow' -n 2 --dist worksteal $(ARGS)
 
 bench: setup ## all benchmarks, and docs/benchmarks.md of them (twenty minutes); ARGS=--small tries them out
 	@$(VENV) -W ignore -m scripts.benchmarks.all $(ARGS)
