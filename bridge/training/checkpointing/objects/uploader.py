@@ -196,7 +196,10 @@ class Uploader:
             sides = _with_bucket(sides, listing)
         target = tracker_target(sides)
         if target is not None and sides.is_there(target):
-            train_state = (self._directory / iteration_name(target) / TRAIN_STATE).read_bytes()
+            try:
+                train_state = (self._directory / iteration_name(target) / TRAIN_STATE).read_bytes()
+            except FileNotFoundError:  # retention has taken it from the directory since that was looked at
+                train_state = store.get(self._url.key(iteration_name(target), TRAIN_STATE))
             point_trackers(store, self._url, target, train_state)
         self._confirm(sides, starts)
         # Only a run that saves deletes anything: one that has come to the wrong place, or is out of date, does not.
