@@ -269,10 +269,11 @@ class Ranks:
     def _least(self, phase: str, numbers: list[int]) -> list[int]:
         """The least of all ranks' numbers, place by place."""
         questions, self._questions = self._questions, []
-        told = torch.tensor([*numbers, *(each.flag for each in questions)], dtype=torch.int64, device="cpu")
+        least = [*numbers, *(each.flag for each in questions)]
         if self._group is not None:
+            told = torch.tensor(least, dtype=torch.int64, device="cpu")
             self._meet(phase, lambda: dist.all_reduce(told, dist.ReduceOp.MIN, group=self._group))
-        least: list[int] = told.tolist()
+            least = told.tolist()
         for question, answer in zip(questions, least[len(numbers) :], strict=True):
             question.answer = bool(answer)
         return least[: len(numbers)]
