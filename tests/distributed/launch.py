@@ -10,9 +10,7 @@ import contextlib
 import ctypes
 import os
 import pickle
-import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ from typing import Any
 import torch
 
 from bridge import accelerator
+from scripts.benchmarks._ranks import free_port
 from tests.distributed.forking import fork
 
 accelerator.enable()
@@ -89,15 +88,6 @@ def init_model_parallel(tp: int = 1, pp: int = 1, *, seed: int = 1234, **sizes: 
     parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=True, **sizes)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-
-
-def free_port() -> int:
-    """A port from below those that the kernel gives to connections: jobs beside this one make many."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def _fork(
