@@ -85,7 +85,7 @@ def train(run: Run, clock: Callable[[], float] = time.monotonic) -> TrainOutcome
     try:
         return _train(run, clock)
     except BaseException:
-        # A save under way cannot be finished without the other ranks, and its process should not go on alone.
+        # A save under way cannot be published without the other ranks: it is left to the next start.
         if run.state.async_calls_queue is not None:
             run.state.async_calls_queue.abort()
         raise

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from bridge.training.checkpointing import convert as conversion
-from bridge.training.checkpointing.commit import recover
 from bridge.training.checkpointing.conversion.comparing import same
 from bridge.training.checkpointing.conversion.plan import (
     PlanError,
@@ -46,6 +45,7 @@ from bridge.training.checkpointing.errors import (
 from bridge.training.checkpointing.integrity import FileRecord, Manifest, read_manifest, write_manifest
 from bridge.training.checkpointing.layout import LEGACY_TRACKER, TRACKER
 from bridge.training.checkpointing.marks import mark
+from bridge.training.checkpointing.recovery import recover
 from bridge.training.checkpointing.safety.safe_globals import load_torch_file
 from bridge.training.checkpointing.source import require_whole
 from bridge.training.progress import progress_line

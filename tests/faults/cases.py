@@ -48,6 +48,8 @@ class Situation:
     """Calls that the file system shall not have."""
     keeps: frozenset[int] | None = None
     """The checkpoints that are there after the next save, where retention decides it; None: all."""
+    falls_back_to: int | None = None
+    """Where the next run may also begin: a checkpoint that is published for a dead run has trackers a moment later."""
 
     def job(self, directory: Path, data: Path, prepare: Callable[[], None] | None = None) -> Job:
         """The run, in a fresh directory."""
@@ -95,6 +97,7 @@ def verdict_of(
     prepare: Callable[[], None] | None = None,
     ends_as: Callable[[Ran], list[str]] | None = None,
     starts_at: Collection[int] | None = None,
+    publishes_next: bool = False,
 ) -> Verdict:
     """Carry out a case in a process of its own, which has no other children.
 
@@ -103,6 +106,7 @@ def verdict_of(
             typed error.
         starts_at: where the next run may begin, if not at the last published checkpoint or the next. Where this is
             given, the directory was taken away, and the order of the calls in it says nothing.
+        publishes_next: the next run has to begin at the checkpoint that was still being written.
     """
     directory = Path(tempfile.mkdtemp(prefix="fault-"))
     try:
@@ -113,6 +117,8 @@ def verdict_of(
             problems += violations(ran.traced.calls)
         if not ran.traced.fired:
             return Verdict(title, False, _titled(title, [*problems, *_unexpected_end(ran)]))
+        if publishes_next:
+            starts_at = [last_and_next(situation, ran.announced)[1] or -1]
         begun = resumes(situation, world, job, ran.announced, starts_at)
         problems += begun.problems
         text = [] if not problems else [f"{problem}\n{ran.output}" for problem in problems]
@@ -132,6 +138,8 @@ def resumes(
     last, following = last_and_next(situation, announced)
     if starts_at is None:
         starts_at = [last or 0] if following is None else [last or 0, following]
+        if situation.falls_back_to is not None:
+            starts_at = [*starts_at, situation.falls_back_to]
     end = max(situation.publishes) + 1
     checkpoint = {name: value for name, value in situation.checkpoint.items() if name != "ckpt_step"}
     again = replace(job, train_iters=end, checkpoint=checkpoint, prepare=None)

@@ -15,7 +15,7 @@ import pytest
 from tests.faults import job as jobs
 from tests.faults.cases import Situation, Verdict, World, in_process, moments, side_by_side, verdict_of
 from tests.faults.order import violations
-from tests.faults.situations import situations
+from tests.faults.situations import OUTLIVED, situations
 from tests.faults.summary import Summary
 from tests.faults.tracer import Call, Fault
 
@@ -94,6 +94,7 @@ def errors(tries: int | None, kinds: Sequence[int], lasting: bool) -> Callable[[
         ("replacement", 1, 8),
         ("replacement by two renames", 1, 8),
         ("recovery", 1, 10),
+        (OUTLIVED, 1, 8),
         ("save", 2, 4),
         ("asynchronous save", 2, 4),
         ("replacement", 2, 3),
@@ -116,6 +117,7 @@ def test_a_sample_of_kills(
         ("retention", 1, 4, ERRORS, False),
         ("replacement", 1, 4, ERRORS, False),
         ("recovery", 1, 4, ERRORS, False),
+        (OUTLIVED, 1, 4, ERRORS, False),
         ("save", 2, 3, ERRORS, False),
         ("asynchronous save", 2, 3, LASTING, True),
     ],
@@ -140,9 +142,9 @@ def test_a_sample_of_errors(
     ("name", "ranks", "tries"),
     [
         *((name, 1, None) for name in ("save", "asynchronous save", "retention", "replacement")),
-        *((name, 1, None) for name in ("replacement by two renames", "recovery")),
+        *((name, 1, None) for name in ("replacement by two renames", "recovery", OUTLIVED)),
         ("asynchronous replacement", 1, 80),
-        *((name, 2, 20) for name in ("save", "asynchronous save", "retention", "replacement", "recovery")),
+        *((name, 2, 20) for name in ("save", "asynchronous save", "retention", "replacement", "recovery", OUTLIVED)),
     ],
 )
 def test_every_kill(
@@ -164,7 +166,7 @@ def test_every_kill(
     [
         ("save", 1, None, ERRORS, False),
         *((name, 1, 80, ERRORS, False) for name in ("asynchronous save", "save with a retry", "retention")),
-        *((name, 1, 80, ERRORS, False) for name in ("replacement", "replacement by two renames", "recovery")),
+        *((name, 1, 80, ERRORS, False) for name in ("replacement", "replacement by two renames", "recovery", OUTLIVED)),
         *((name, 1, 40, ERRORS, False) for name in ("asynchronous save with a retry", "asynchronous replacement")),
         ("asynchronous save with a retry", 1, 40, LASTING, True),
         *((name, 1, 40, LASTING, True) for name in ("save with a retry", "asynchronous save", "retention")),

@@ -21,6 +21,7 @@ from tests.faults.summary import Summary
 from tests.faults.tracer import Call, Fault
 
 RANK_KILLED, WRITER_KILLED, WRITER_STOPPED = "one rank of two killed", "writer killed", "writer stopped"
+TRAINERS_KILLED = "trainers killed, writers not"
 STOPPED_SECONDS = 1.5
 
 
@@ -82,6 +83,41 @@ def test_a_rank_that_is_killed_is_missed_by_the_other_one(
         for moment in chosen
     ]
     assert_survived(side_by_side(cases), RANK_KILLED, situation, summary)
+
+
+@pytest.mark.parametrize("tries", [4, pytest.param(None, marks=pytest.mark.faults)])
+def test_a_writer_finishes_a_save_whose_trainer_is_killed_and_the_next_start_publishes_it(
+    tries: int | None, world: World, seeds: Path, tmp_path: Path, summary: Summary
+) -> None:
+    situation = situations(seeds)["asynchronous save"]
+    calls = calls_of(situation, world, tmp_path)
+    cases = [
+        partial(
+            verdict_of,
+            situation,
+            world,
+            Fault(number, action=_kill_trainers),
+            f"call {number}",
+            ends_as=_were_killed,
+            publishes_next=True,
+        )
+        for number in moments([call for call in calls if call.who == "a child of rank 0"], tries)
+    ]
+    assert_survived(side_by_side(cases), TRAINERS_KILLED, situation, summary)
+
+
+@pytest.mark.parametrize("tries", [4, pytest.param(None, marks=pytest.mark.faults)])
+def test_trainers_may_be_killed_at_any_call_while_their_writers_go_on(
+    tries: int | None, world: World, seeds: Path, tmp_path: Path, summary: Summary
+) -> None:
+    situation = situations(seeds, 2)["asynchronous save"]
+    cases = [
+        partial(
+            verdict_of, situation, world, Fault(number, action=_kill_trainers), f"call {number}", ends_as=_were_killed
+        )
+        for number in moments(calls_of(situation, world, tmp_path), tries)
+    ]
+    assert_survived(side_by_side(cases), TRAINERS_KILLED, situation, summary)
 
 
 def test_a_writer_that_is_killed_is_an_error_on_all_ranks(
@@ -201,6 +237,17 @@ def test_a_stopped_writer_ends_with_its_job(world: World, seeds: Path, tmp_path:
     fault = Fault(writer_calls(calls_of(situation, world, tmp_path))[3], action=stop_and_kill)
     case = partial(verdict_of, situation, world, fault, "stopped", ends_as=both_gone)
     assert_survived([in_process(case)], WRITER_STOPPED, situation, summary)
+
+
+def _kill_trainers(call: Call, ranks: list[int]) -> None:
+    del call
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _were_killed(ran: Ran) -> list[str]:
+    right = set(ran.traced.statuses.values()) == {-signal.SIGKILL}
+    return [] if right else [f"the ranks ended with {ran.traced.statuses}"]
 
 
 def _kill_writer(call: Call, ranks: list[int]) -> None:

@@ -66,6 +66,9 @@ class BackgroundCall(Protocol):
     def result(self) -> Any:
         """What has come of it; waits for it, and raises CheckpointSaveError if it failed."""
 
+    def leave(self) -> bool:
+        """Leave it to the next start, whenever it is done. False, with nothing changed, where that cannot be."""
+
     def halt(self) -> None:
         """Tell it to end at once, and wait for nothing; `kill` has to follow."""
 
@@ -109,6 +112,10 @@ class FinishedCall(Generic[T]):
     def result(self) -> T:
         """What has come of it."""
         return self._outcome()
+
+    def leave(self) -> bool:
+        """There is nothing to leave."""
+        return False
 
     def halt(self) -> None:
         """There is nothing to end."""
@@ -185,6 +192,10 @@ class ForkedCall(Generic[T]):
         if self._error is not None:
             raise self._error
         return self._outcome  # type: ignore[return-value]
+
+    def leave(self) -> bool:
+        """It ends with its parent."""
+        return False
 
     def halt(self) -> None:
         """Send the process SIGKILL; `kill` has to follow."""

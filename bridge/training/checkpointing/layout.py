@@ -6,6 +6,7 @@
   iter_0000010/                        a published checkpoint
     .bridge-damaged                    put there by a run that found it damaged
   .saving-iter_0000020-3f9c12ab/       a save in progress, or the remains of a crash
+    .bequest-0                         what rank 0's writer has left there when its trainer had died
   .trash-iter_0000010-77b0e1d4/        on its way out
   non_persistent/                      global non-persistent checkpoints, in the same form
   SAVE_NOW                             put there by somebody who wants a checkpoint now
@@ -28,6 +29,7 @@ ITERATION_PREFIX = "iter_"
 SAVING_PREFIX = ".saving-"
 TRASH_PREFIX = ".trash-"
 TEMPORARY_SUFFIX = ".bridge-tmp"
+BEQUEST_PREFIX = ".bequest-"
 WRITER = ".bridge-writer"
 SAVE_NOW = "SAVE_NOW"
 DAMAGED = ".bridge-damaged"
@@ -81,6 +83,11 @@ def new_saving_name(iteration: int, token: str = "") -> str:
         token: eight hexadecimal digits that no other save has; random ones if empty.
     """
     return f"{SAVING_PREFIX}{iteration_name(iteration)}-{token or secrets.token_hex(4)}"
+
+
+def bequest_name(rank: int) -> str:
+    """What a rank's writer calls, in the staging directory, what it leaves to the next start."""
+    return f"{BEQUEST_PREFIX}{rank}"
 
 
 def new_trash_name(name: str) -> str:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from bridge.training.checkpointing import commit
+from bridge.training.checkpointing import commit, recovery
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.errors import (
     CheckpointDamagedError,
@@ -101,12 +101,12 @@ def prepare_directories(checkpoint_config: Any, context: dict[str, Any], ranks: 
     kind = checkpoint_config.non_persistent_ckpt_type
 
     def make_ready() -> tuple[str, Starts]:
-        commit.recover_once(save_dir, context)
+        recovery.recover_once(save_dir, context)
         session = session_of(save_dir) if kind is not None or (save_dir / SESSION).is_file() else ""
         if kind == "global":
             tier = GlobalTier.of(checkpoint_config, session, trash_of(context))
             tier.take_over()
-            commit.recover_once(tier.directory, context, SETTING)
+            recovery.recover_once(tier.directory, context, SETTING)
         try:
             return session, starts_to_go_on(save_dir)
         except OSError as error:

@@ -163,9 +163,12 @@ class SaveQueue:
             except BaseException as error:
                 if head.failed is not None:
                     head.failed(error)
+                if isinstance(error, RankLostError):
+                    _leave(head)
+                    raise
                 if head.abandon is not None:
                     head.abandon()
-                if not isinstance(error, CheckpointError) or isinstance(error, RankLostError):
+                if not isinstance(error, CheckpointError):
                     raise
                 head.meeting.close()
                 settle(head.persistent, error)
@@ -191,14 +194,15 @@ class SaveQueue:
             ranks.run(f"finalizing {save.label}", function)
 
     def abort(self) -> None:
-        """End every background process of this rank. Not collective, and it never raises.
+        """End every background process of this rank, or leave what it writes to the next start. Not collective, and it
+        never raises.
 
-        What they have written is left to the next start: storage may be why the run ends, so nothing waits for it
-        here, and a local snapshot that is whole on every rank may be the newest that there is.
+        Nothing that is written waits here, since storage may be why the run ends, and nothing is removed: a local
+        snapshot that is whole on every rank may be the newest that there is.
         """
         pending = list(self._pending)
         self._pending.clear()
-        calls = [save.call for save in pending if save.call is not None]
+        calls = [save.call for save in pending if save.call is not None and not _leave(save)]
         with _logging_trouble(f"ending the background writers of {', '.join(save.label for save in pending)}"):
             kill_all(calls)
         for save in pending:
@@ -206,6 +210,14 @@ class SaveQueue:
             if save.failed is not None:
                 with _logging_trouble(f"reporting the end of {save.label}"):
                     save.failed(CheckpointSaveError("abandoned, because the run ended before it was published"))
+
+
+def _leave(save: _Pending) -> bool:
+    """Leave a save to the next start, which finishes it if all ranks have. Never raises."""
+    if save.call is None or not save.call.leave():
+        return False
+    logger.warning("%s goes on being written; the next start publishes it if all ranks have written theirs", save.label)
+    return True
 
 
 @contextlib.contextmanager

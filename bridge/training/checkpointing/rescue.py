@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.utils import _sharded_object_id, _sharded_tensor_shard_id
 from torch._C._distributed_c10d import HashStore
 
-from bridge.training.checkpointing import commit, ownership
+from bridge.training.checkpointing import commit, ownership, recovery
 from bridge.training.checkpointing.agreement import Ranks
 from bridge.training.checkpointing.disk import as_text, available_bytes, state_bytes
 from bridge.training.checkpointing.errors import (
@@ -228,7 +228,7 @@ def _take(save_dir: Path) -> None:
     """Claim the directory and clean up what a crash has left there, as a restart of the run would."""
     try:
         # A run that is alive goes on saving: there is nothing to wait for.
-        commit.recover_once(save_dir, None, SETTING, wait_seconds=0.0)
+        recovery.recover_once(save_dir, None, SETTING, wait_seconds=0.0)
     except DirectoryInUseError as error:
         raise DirectoryInUseError(
             f"{SETTING}: the run that saves in {save_dir} is alive ({ownership.owner_of(save_dir)}); nothing was "

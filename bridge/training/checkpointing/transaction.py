@@ -25,9 +25,10 @@ from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.files import sync_directory, sync_file, write_file
 from bridge.training.checkpointing.formats import PayloadWrite
+from bridge.training.checkpointing.inheritance import bequest_of
 from bridge.training.checkpointing.integrity import FileRecord, Manifest
-from bridge.training.checkpointing.io.background_writer import BackgroundWriter, Files, Patience
-from bridge.training.checkpointing.layout import TRAIN_STATE
+from bridge.training.checkpointing.io.background_writer import BackgroundWriter, Files, Patience, Writing
+from bridge.training.checkpointing.layout import TRAIN_STATE, bequest_name
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.sidecar import Sidecar
 
@@ -154,6 +155,8 @@ class Save:
     """See `SaveTask.start_is_awaited`."""
     published: bool = field(default=False)
     """On rank 0, which publishes it."""
+    _writing: Writing[RankReport] | None = None
+    """What the writer process does of it."""
 
     def write(self) -> RankReport:
         """Write and sync this rank's files. Talks to no other rank, so it may run in a background process."""
@@ -209,12 +212,19 @@ class Save:
     ) -> BackgroundCall | None:
         small = [(sidecar.name, sidecar.data) for sidecar in (*self.payload.sidecars, *self.sidecars)]
         result, metrics = direct.result(), self.metrics
-        return writer.write(
-            Files(direct.images, small, self.staging, self.checksum),
+        bequest = None if self.payload.bequest is None else self._bequest(self.payload.bequest(result))
+        self._writing = writer.write(
+            Files(direct.images, small, self.staging, self.checksum, bequest),
             name,
             patience,
             lambda records, seconds: RankReport(records, result, metrics, seconds),
         )
+        return self._writing
+
+    def _bequest(self, payload: bytes) -> tuple[str, bytes]:
+        ranks = Ranks.current()
+        world_size = ranks.size if self.world_size is None else self.world_size
+        return bequest_name(ranks.rank), bequest_of(self._manifest([], world_size, self.metrics), payload)
 
     def finish(self, phase: str, write: Callable[[], RankReport], written: Callable[[], None]) -> None:
         """Collect what every rank wrote, commit the save and tell the world; see `SaveTask.finish`."""
@@ -228,10 +238,16 @@ class Save:
         committed = ranks.conclude(phase, write, conclude)
         if not ranks.is_first:
             written()
+        self._settle()
         self.announce(committed)
+
+    def _settle(self) -> None:
+        if self._writing is not None:
+            self._writing.settle()
 
     def abandon(self) -> None:
         """Remove what a failed save has written."""
+        self._settle()
         if Ranks.current().is_first:
             commit.abandon(self.staging)
 
@@ -239,17 +255,8 @@ class Save:
         results = [report.result for report in reports]
         records = [record for report in reports for record in report.files]
         records += self._retrying("completing the files", lambda: self._complete(results))
-        manifest = Manifest(
-            iteration=self.target.iteration,
-            checkpoint_format=self.target.checkpoint_format,
-            world_size=len(reports) if self.world_size is None else self.world_size,
-            parallel_sizes=self.layout.sizes(),
-            versions={"bridge": bridge.__version__, "torch": torch.__version__, "megatron-core": megatron_version},
-            files=tuple(sorted(records, key=lambda record: record.name)),
-            created=time.time(),
-            start=self.start,
-            metrics=merged_metrics([report.metrics for report in reports]),
-        )
+        world_size = len(reports) if self.world_size is None else self.world_size
+        manifest = self._manifest(records, world_size, merged_metrics([report.metrics for report in reports]))
         train_state = (self.staging / TRAIN_STATE).read_bytes()
         self._retrying("sealing the files", lambda: commit.seal(self.staging, manifest))
         path = commit.publish(self.staging, self.target.iteration)
@@ -262,6 +269,19 @@ class Save:
         slowest = max((report.seconds for report in reports), default=None)
         return Committed(
             path, self.target.iteration, self.target.kind, manifest.total_bytes, seconds, slowest, manifest.metrics
+        )
+
+    def _manifest(self, records: list[FileRecord], world_size: int, metrics: dict[str, float]) -> Manifest:
+        return Manifest(
+            iteration=self.target.iteration,
+            checkpoint_format=self.target.checkpoint_format,
+            world_size=world_size,
+            parallel_sizes=self.layout.sizes(),
+            versions={"bridge": bridge.__version__, "torch": torch.__version__, "megatron-core": megatron_version},
+            files=tuple(sorted(records, key=lambda record: record.name)),
+            created=time.time(),
+            start=self.start,
+            metrics=metrics,
         )
 
     def _complete(self, results: list[Any]) -> list[FileRecord]:

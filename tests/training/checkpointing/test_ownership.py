@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.training.checkpointing import commit, ownership
+from bridge.training.checkpointing import commit, ownership, recovery
 from bridge.training.checkpointing.errors import DirectoryInUseError
 from bridge.training.checkpointing.layout import TRACKER, WRITER
 
@@ -63,21 +63,21 @@ def claimed(directory: Path) -> Callable[[], str]:
 
 def test_a_second_writer_is_refused_and_the_firsts_save_in_flight_survives(tmp_path: Path) -> None:
     def begin() -> str:
-        commit.recover_once(tmp_path, None)
+        recovery.recover_once(tmp_path, None)
         return str(commit.begin_staging(tmp_path, 10))
 
     with process(begin) as (pid, staging):
         owner = json.loads((tmp_path / WRITER).read_text())
         assert owner["pid"] == pid
         with pytest.raises(DirectoryInUseError) as caught:
-            commit.recover_once(tmp_path, None)
+            recovery.recover_once(tmp_path, None)
         assert str(caught.value) == (
             f"checkpoint.save: {tmp_path} is in use by another run (host {owner['host']}, process {pid}, since "
             f"{owner['start']}), and two runs cannot save in one directory; stop that run, or set checkpoint.save "
             "to another directory"
         )
         assert Path(staging).is_dir()
-    commit.recover_once(tmp_path, None)  # its owner was killed, so it is a leftover now
+    recovery.recover_once(tmp_path, None)  # its owner was killed, so it is a leftover now
     assert not Path(staging).exists()
 
 
@@ -240,12 +240,12 @@ def test_a_later_announcement_counts_and_a_silent_successor_ends_it(
 ) -> None:
     def announce_again_and_again() -> str:
         ownership.claim(tmp_path)
-        ownership.announce_end(tmp_path, 1.2)
+        ownership.announce_end(tmp_path, 5.0)
 
         def announce() -> None:
             for _ in range(3):
                 time.sleep(0.6)
-                ownership.announce_end(tmp_path, 1.2)
+                ownership.announce_end(tmp_path, 5.0)
             time.sleep(0.6)
             os._exit(0)
 
@@ -274,14 +274,14 @@ def test_a_start_says_whose_remains_it_found_and_what_became_of_each(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def begin() -> str:
-        commit.recover_once(tmp_path, None)
+        recovery.recover_once(tmp_path, None)
         (tmp_path / ".trash-iter_0000005-0123abcd").mkdir()
         (tmp_path / f".{TRACKER}.bridge-tmp").write_bytes(b"half")
         return str(commit.begin_staging(tmp_path, 10))
 
     with process(begin) as (pid, staging):
         start = json.loads((tmp_path / WRITER).read_text())["start"]
-    commit.recover_once(tmp_path, None)
+    recovery.recover_once(tmp_path, None)
     host = os.uname().nodename
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path} holds 3 unfinished things of the run that had it before (host {host}, process {pid}, since "

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bridge.training.checkpointing import commit
+from bridge.training.checkpointing import inheritance, recovery
 from bridge.training.checkpointing.catalog.owners import find_owner
-from bridge.training.checkpointing.layout import is_iteration_directory
+from bridge.training.checkpointing.layout import is_iteration_directory, list_checkpoints, staged_name
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,20 @@ def to_publish(directory: Path) -> dict[str, str]:
     """
     if not directory.is_dir() or is_iteration_directory(directory):
         return {}
-    found = commit.unpublished(directory)
+    found = recovery.unpublished(directory)
+    return {} if found and find_owner(directory).is_alive else found
+
+
+def completed_by_writers(directory: Path) -> dict[str, str]:
+    """What the next run that saves in a directory completes and publishes there, as `to_publish`.
+
+    It is not among what is foreseen, because to look at it takes its metadata, which is not there yet.
+    """
+    found = {}
+    for name in list_checkpoints(directory).leftovers if directory.is_dir() else ():
+        target = staged_name(name)
+        if target is not None and not (directory / target).exists() and inheritance.is_complete(directory / name):
+            found[name] = target
     return {} if found and find_owner(directory).is_alive else found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from bridge.training.callbacks import CheckpointKind
 from bridge.training.checkpointing.catalog.choosing import Choice, choose, recorded_doubts, recorded_settings
 from bridge.training.checkpointing.catalog.entries import Catalog, CatalogEntry, read_catalog, read_entry
-from bridge.training.checkpointing.catalog.foreseen import to_publish
+from bridge.training.checkpointing.catalog.foreseen import completed_by_writers, to_publish
 from bridge.training.checkpointing.catalog.origins import metrics_files
 from bridge.training.checkpointing.catalog.tiers import Snapshots, global_directory, snapshots_of
 from bridge.training.checkpointing.catalog.warnings import collected
@@ -88,6 +88,13 @@ def list_all(
     notes = [f"its tracker cannot be read: {catalog.tracker_problem}"] if catalog.tracker_problem else []
     notes += _of_unpublished(directory, unpublished)
     leftovers = tuple(name for name in catalog.leftovers if name not in unpublished)
+    outlived = completed_by_writers(directory)
+    leftovers = tuple(name for name in leftovers if name not in outlived)
+    notes += [
+        f"writers have completed {target} as {directory / name} after their run had died; the next run that saves here "
+        "publishes it before it loads, and so does repair"
+        for name, target in outlived.items()
+    ]
     if leftovers:
         notes.append(
             f"{len(leftovers)} remains of unfinished saves or deletions, which the next run that saves here removes"

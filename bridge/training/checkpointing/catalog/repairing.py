@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from bridge.training.checkpointing import commit, ownership
+from bridge.training.checkpointing import commit, inheritance, ownership, recovery
 from bridge.training.checkpointing.catalog.choosing import choose
 from bridge.training.checkpointing.catalog.foreseen import foreseen
 from bridge.training.checkpointing.catalog.owners import find_owner
@@ -154,7 +154,7 @@ def _recovered(directory: Path, messages: list[str]) -> tuple[list[Repair], list
     """Publish and remove what crashes have left; what was done, and what was not."""
     planned, problems = list(_leftovers(directory)), []
     try:
-        commit.recover(directory)
+        recovery.recover(directory)
     except OSError as error:
         problems.append(f"the remains cannot be cleaned up: {error}")
     left = list_checkpoints(directory).leftovers
@@ -179,11 +179,14 @@ def _require_directory(directory: Path) -> None:
 
 
 def _leftovers(directory: Path) -> Iterator[Repair]:
-    sealed = commit.unpublished(directory)
+    sealed = recovery.unpublished(directory)
     for name in list_checkpoints(directory).leftovers:
         path, target = directory / name, staged_name(name)
         if name in sealed:
             yield Repair("publish", path, f"publish {target}, which a crash has left complete as {name}")
+        elif target is not None and not (directory / target).exists() and inheritance.is_complete(path):
+            reason = f"publish {target}, which writers have completed as {name} after their run had died"
+            yield Repair("publish", path, reason)
         elif target is not None:
             yield Repair("remove", path, f"remove {name}: a save that did not finish")
         else:

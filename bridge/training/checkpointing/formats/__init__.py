@@ -36,6 +36,9 @@ class PayloadWrite:
     """What `write` writes, where it can also be copied and written by another process."""
     seconds: float = 0.0
     """For which this rank has written already, while it planned."""
+    bequest: Callable[[Any], bytes] | None = None
+    """Makes of this rank's result what `Format.inherit` needs of it, where the files are written and nobody is left to
+    call `finish`; None where the format cannot do without."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,9 @@ class Format:
     """Names of the files that every whole checkpoint of the format has."""
     is_shard: Callable[[str], bool]
     """Whether a file, by its path inside the checkpoint, holds values: as a rule too large to read it only to check."""
+    inherit: Callable[[Path, list[bytes]], list[str]] | None = None
+    """What `PayloadWrite.finish` does, for a directory and the bequests of all ranks, by rank. Local; raises ValueError
+    where they do not make up a whole, and OSError."""
     saves_while_planning: bool = False
     """Whether planning a save writes its values already."""
     reads_elsewhere: bool = False

@@ -13,9 +13,11 @@ it was made for the same structure. What is kept of a plan names shards and hold
 from __future__ import annotations
 
 import logging
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,9 @@ from bridge.training.checkpointing.io.image import FileImage
 from bridge.training.checkpointing.io.table import Flags, Ints, StoredTable
 
 logger = logging.getLogger(__name__)
+
+
+_PLACES = struct.Struct("<QQ")
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,25 @@ class Places:
         """Where each record begins, and how long it is."""
         columns = np.frombuffer(zlib.decompress(self.packed), np.int64).reshape(2, self.count)
         return np.cumsum(columns[0]), columns[1]
+
+    def to_bytes(self) -> bytes:
+        """Its length, the number of shards and the columns."""
+        return _PLACES.pack(len(self.packed), self.count) + self.packed
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> tuple[Places, bytes]:
+        """What `to_bytes` has made, and what lies behind it.
+
+        Raises:
+            ValueError: it is cut short.
+        """
+        if len(data) < _PLACES.size:
+            raise ValueError("the places of a rank's shards are cut short")
+        length, count = _PLACES.unpack_from(data)
+        end = _PLACES.size + length
+        if len(data) < end:
+            raise ValueError("the places of a rank's shards are cut short")
+        return cls(count, data[_PLACES.size : end]), data[end:]
 
 
 @dataclass(frozen=True)
@@ -118,6 +142,35 @@ class Plan:
         if self.whole is None:
             raise CheckpointSaveError("the plan is not whole on this rank; only rank 0 can finish a save")
         return write_both(placed(self.whole, [part.columns() for part in places]), directory)
+
+    def bequest(self, places: Places) -> bytes:
+        """What `inherit` needs of this rank: its places, and on rank 0 what all ranks write."""
+        return places.to_bytes() + self._whole_bytes
+
+    @cached_property
+    def _whole_bytes(self) -> bytes:
+        return b"" if self.whole is None else self.whole.planned_bytes()
+
+
+def inherit(directory: Path, bequests: Sequence[bytes]) -> list[str]:
+    """`Plan.finish`, for ranks that are gone.
+
+    Args:
+        directory: the checkpoint, with the files of all ranks.
+        bequests: by rank, what `Plan.bequest` has made.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        ValueError: they do not belong together.
+    """
+    parts = [Places.from_bytes(data) for data in bequests]
+    try:
+        table = placed(StoredTable.from_planned_bytes(parts[0][1]), [places.columns() for places, _ in parts])
+    except (CheckpointSaveError, zlib.error) as error:
+        raise ValueError(f"the places of the shards do not fit the plan: {error}") from error
+    return write_both(table, directory)
 
 
 class SavePlanning:

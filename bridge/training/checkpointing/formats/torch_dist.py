@@ -42,7 +42,7 @@ from bridge.training.checkpointing.formats.apart import State
 from bridge.training.checkpointing.formats.direct import DirectWrite, contents_of
 from bridge.training.checkpointing.formats.failures import load_error, unreadable
 from bridge.training.checkpointing.formats.options import LoadOptions, SaveOptions
-from bridge.training.checkpointing.formats.planning import Plan, SavePlanning, make_plan
+from bridge.training.checkpointing.formats.planning import Plan, SavePlanning, inherit, make_plan
 from bridge.training.checkpointing.formats.prepared import prepare
 from bridge.training.checkpointing.formats.staging import stage
 from bridge.training.checkpointing.formats.strategies import load_strategy
@@ -100,7 +100,7 @@ def plan_save(
     files = plan.files
     direct = DirectWrite.of(lambda: contents_of(files, state), directory, planning.frames, plan.places)
     finish = _Planned(plan, None, directory).finish
-    return PayloadWrite(direct.write, finish, prepared.sidecars, direct), planning
+    return PayloadWrite(direct.write, finish, prepared.sidecars, direct, bequest=plan.bequest), planning
 
 
 def load(template: dict[str, Any], directory: Path, ranks: Ranks, options: LoadOptions) -> Loaded:
@@ -239,9 +239,16 @@ class _Planned:
 
     def finish(self, results: list[Any]) -> list[str]:
         """Write the global metadata from the places that all ranks report; rank 0 only."""
-        names = self.plan.finish(self.directory, results)
-        save_config(CheckpointingConfig(BACKEND, VERSION), str(self.directory))
-        return [*names, MCORE_METADATA]
+        return [*self.plan.finish(self.directory, results), _write_config(self.directory)]
+
+
+def _inherit(directory: Path, bequests: list[bytes]) -> list[str]:
+    return [*inherit(directory, bequests), _write_config(directory)]
+
+
+def _write_config(directory: Path) -> str:
+    save_config(CheckpointingConfig(BACKEND, VERSION), str(directory))
+    return MCORE_METADATA
 
 
 FORMAT = Format(
@@ -251,5 +258,6 @@ FORMAT = Format(
     read_common,
     files=(MCORE_METADATA, PAYLOAD_METADATA, COMMON),
     is_shard=lambda name: name.endswith(".distcp"),
+    inherit=_inherit,
     reads_elsewhere=True,
 )

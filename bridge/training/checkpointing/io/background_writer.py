@@ -32,7 +32,7 @@ from bridge.training.checkpointing.errors import CheckpointSaveError
 from bridge.training.checkpointing.integrity import FileRecord
 from bridge.training.checkpointing.io.host_image import HostImage, size_of
 from bridge.training.checkpointing.io.image import FileImage
-from bridge.training.checkpointing.io.writer_process import READY, receive, send
+from bridge.training.checkpointing.io.writer_process import CLOSING, LEAVE, READY, SETTLED, receive, send
 from bridge.training.checkpointing.liveness import LOOK_SECONDS, Watch
 
 T = TypeVar("T")
@@ -74,6 +74,9 @@ class Files:
     """That exists, and that only this save uses."""
     checksum: str
     """The kind of the manifest's checksums."""
+    bequest: tuple[str, bytes] | None = None
+    """The name and contents of what the process leaves in the directory, behind a line that says which files it has
+    written, when this process has died before the save was settled. None: the save then ends with this process."""
 
 
 @dataclass(frozen=True)
@@ -168,21 +171,22 @@ class BackgroundWriter:
         if self._failed_starts >= _STARTS or not sys.executable or not hasattr(os, "memfd_create"):
             return None
         self._finish_warming()
-        size = size_of(files.images, files.small)
+        small = files.small if files.bequest is None else [*files.small, files.bequest]
+        size = size_of(files.images, small)
         if not self._image.has_room(size):
             logger.warning("there is not enough memory for a snapshot of %.1f MiB", size / 2**20)
             self._forget()  # nobody counts on it any more
             return None
         try:
             process, connection = self._start()
-            entries = self._image.hold(files.images, files.small)  # while the process comes up
+            entries = self._image.hold(files.images, small)  # while the process comes up
             self._wait_until_ready(process, connection)
             self._send(connection, entries, files, patience, done)
         except OSError as error:
             logger.warning("%s cannot be had: %s", name, error)
             self._forget()
             return None
-        self._writing = Writing(self, process, connection, name, patience, then)
+        self._writing = Writing(self, process, connection, name, patience, then, files.bequest is not None)
         return self._writing
 
     def close(self) -> None:
@@ -267,7 +271,8 @@ class BackgroundWriter:
         request = {
             "memory": self._image.generation,
             "size": self._image.size,
-            "files": entries,
+            "files": entries[: len(files.images) + len(files.small)],
+            "bequest": None if files.bequest is None else entries[-1],
             "directory": str(files.directory),
             "checksum": files.checksum,
             "waits": list(patience.waits),
@@ -306,10 +311,17 @@ def _reserve(image: HostImage, size: int, device: int | None) -> None:
 
 def _let_end(process: subprocess.Popen[bytes], connection: socket.socket, owner: int) -> None:
     """Tell a process that there is nothing more to do. One that does not end at once does so by itself."""
+    if owner == os.getpid():
+        _tell(connection, CLOSING)
     connection.close()
     if owner == os.getpid():
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1.0)
+
+
+def _tell(connection: socket.socket, packet: Any) -> None:
+    with contextlib.suppress(OSError):  # there is nobody to be told
+        send(connection, packet)
 
 
 class Writing(Generic[T]):
@@ -323,9 +335,11 @@ class Writing(Generic[T]):
         name: str,
         patience: Patience,
         then: Callable[[list[FileRecord], float], T],
+        can_be_left: bool = False,
     ) -> None:
         self.name = name
         self.pid = process.pid
+        self._can_be_left = can_be_left
         self._writer = writer
         self._process = process
         self._connection = connection
@@ -350,9 +364,24 @@ class Writing(Generic[T]):
         Args:
             end: closes the connection. It is called when the writing has ended.
         """
+        _tell(self._connection, CLOSING)
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_WR)
         self._end = end
+
+    def settle(self) -> None:
+        """Tell the process that the save is published, or given up: it has nothing to leave any more."""
+        if self._can_be_left:
+            _tell(self._connection, SETTLED)
+            self._can_be_left = False
+
+    def leave(self) -> bool:
+        """Leave the save to the next start, whenever its files are written. False where that cannot be."""
+        if not self._can_be_left or self._error is not None or self._process.poll() is not None:
+            return False
+        _tell(self._connection, LEAVE)
+        self._can_be_left = False
+        return True
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Whether it has ended; waits up to `timeout` seconds (None: as long as it takes).

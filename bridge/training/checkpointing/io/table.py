@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ _DIMENSIONS = 64
 _SMALLEST_ENTRY = 16
 """Bytes that `.metadata` needs for a shard at the least. It bounds what the compact file can make of memory."""
 _LARGEST_HEADER = 1 << 26
+_LARGEST_PLAN = 1 << 34
+"""Bytes of the `.metadata` that can be made of a plan."""
 LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
 
 
@@ -170,6 +172,20 @@ class StoredTable:
         body = b"".join((_MAGIC, len(lists).to_bytes(8, "little"), lists, *packed.values()))
         return body + xxhash.xxh3_64_digest(body)
 
+    def planned_bytes(self) -> bytes:
+        """The same of what is only planned, so that there is no `.metadata` yet."""
+        nowhere = np.zeros(len(self), np.int64)
+        return replace(self, at=nowhere, length=nowhere).to_bytes(b"")
+
+    @classmethod
+    def from_planned_bytes(cls, data: bytes) -> StoredTable:
+        """What `planned_bytes` has made.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        return cls._parsed(data, b"", _LARGEST_PLAN)
+
     @classmethod
     def from_bytes(cls, data: bytes, metadata: bytes) -> StoredTable:
         """Read a compact file.
@@ -181,13 +197,23 @@ class StoredTable:
         Raises:
             ValueError: it is damaged, of another version, or belongs to another `.metadata`; in words.
         """
+        return cls._parsed(data, metadata, len(metadata))
+
+    @classmethod
+    def _parsed(cls, data: bytes, metadata: bytes, most: int) -> StoredTable:
+        """
+        Args:
+            data: the file.
+            metadata: that it is bound to.
+            most: bytes of a `.metadata` that says the same. They bound what is made of memory.
+        """
         try:
-            return cls._from_bytes(data, metadata)
+            return cls._from_bytes(data, metadata, most)
         except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, zlib.error) as error:
             raise ValueError(f"it is garbled: {type(error).__name__}") from error
 
     @classmethod
-    def _from_bytes(cls, data: bytes, metadata: bytes) -> StoredTable:
+    def _from_bytes(cls, data: bytes, metadata: bytes, most: int) -> StoredTable:
         if data[:8] != _MAGIC or xxhash.xxh3_64_digest(memoryview(data)[:-8]) != data[-8:]:
             raise ValueError("it is cut short or garbled")
         size = int.from_bytes(data[8:16], "little")
@@ -201,12 +227,12 @@ class StoredTable:
         count, axes, keys = header["shards"], header["axes"], header["keys"]
         if not all(type(n) is int for n in (count, axes, keys)) or not 0 <= axes <= _DIMENSIONS:
             raise ValueError("it does not say how many shards there are")
-        if not 0 <= count <= len(metadata) // _SMALLEST_ENTRY:
-            raise ValueError(f"it has {count} shards, more than a .metadata of {len(metadata)} bytes can have")
+        if not 0 <= count <= most // _SMALLEST_ENTRY:
+            raise ValueError(f"it has {count} shards, more than a .metadata of {most} bytes can have")
         if not 0 <= keys <= count:
             raise ValueError(f"it has {keys} keys for {count} shards")
         sizes = {
-            "keys": len(metadata),  # which has every key
+            "keys": most,  # .metadata has every key
             "key_bytes": 4 * keys,
             **dict.fromkeys(_SMALL, 4 * count),
             **dict.fromkeys(_LARGE, 8 * count),

@@ -5,8 +5,9 @@ import torch, and imports nothing else that does. Requests and replies are packe
 first brings the descriptors of the memory and of the directory with it. Files are opened relative to the directory that
 the trainer had, so what is written lands in no other, whatever its name is by then.
 
-When its trainer dies, the process ends before the next block: nobody would publish what it writes, and somebody else
-may write in its place.
+When its trainer dies, what is complete in the memory is still written, and a file beside it (`Bequest`) says so: the
+next start makes a checkpoint of it if the writers of all ranks have left one. A save that cannot be left to anybody
+ends before the next block.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any
 
 from zlib_ng.zlib_ng import crc32
 
 from bridge.training.checkpointing import checksums
+from bridge.training.checkpointing.io.bequest import Bequest
 from bridge.training.checkpointing.io.output import BLOCK, FileOutput
 from bridge.training.checkpointing.io.tails import SPOTS, Spots, complete
 
@@ -39,10 +42,17 @@ ROW = struct.Struct(f"<QQ{SPOTS.format[1:]}")
 READY = {"ready": True}
 """The first packet of the process: it has come up."""
 
+SETTLED = {"then": "settled"}
+"""A packet that asks for nothing: the trainer has published the last save, or given it up."""
+LEAVE = {"then": "leave"}
+"""Likewise: the trainer will do neither, so it is left to the next start."""
+CLOSING = {"then": "closing"}
+"""Likewise: the trainer needs this process no more, and publishes the last save without it."""
+
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 _LENGTH = struct.Struct("<Q")
 _DESCRIPTORS = 3
-_LOOK_SECONDS = 5.0
+_LOOK_SECONDS = 1.0
 _FOR_THE_JOB = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -83,22 +93,39 @@ def main(descriptor: int, parent: int) -> None:
         # Held by a signal, it would stay for ever.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     connection = socket.socket(fileno=descriptor)
+    trainer = _Trainer(parent)
+    Thread(target=trainer.watch, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):
+        _serve_all(connection, trainer)
+    trainer.leaves()
+
+
+def _serve_all(connection: socket.socket, trainer: _Trainer) -> None:
+    """Write one save after the other.
+
+    Raises:
+        EOFError, OSError: there is no trainer any more.
+    """
     memory = _Memory()
     waiting = select.poll()
     waiting.register(connection, select.POLLIN)
-    with contextlib.suppress(EOFError, OSError):
-        send(connection, READY)
-        while True:
-            # Other children of the trainer may keep its end of the connection open.
-            while not waiting.poll(1000 * _LOOK_SECONDS):
-                if os.getppid() != parent:
-                    return
-            request, descriptors = receive(connection)
-            try:
-                _serve(connection, request, descriptors, memory, parent)
-            finally:
-                for one in descriptors:
-                    os.close(one)
+    send(connection, READY)
+    while True:
+        # Other children of the trainer may keep its end of the connection open.
+        while not waiting.poll(1000 * _LOOK_SECONDS):
+            if trainer.is_gone:
+                return
+        request, descriptors = receive(connection)
+        try:
+            if "then" not in request:
+                _serve(connection, request, descriptors, memory, trainer)
+            elif request == LEAVE:
+                trainer.leaves()
+            elif not (request == CLOSING and trainer.is_gone):
+                trainer.settles()
+        finally:
+            for one in descriptors:
+                os.close(one)
 
 
 class _Memory:
@@ -116,21 +143,62 @@ class _Memory:
         return memoryview(self._map)
 
 
-def _require(parent: int) -> None:
-    """End this process, without waiting for anything that is still being written, if its trainer is gone."""
-    if os.getppid() != parent:
-        os._exit(1)
+class _Trainer:
+    """The process that this one writes for, and what is to be left where it dies."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._bequest: Bequest | None = None
+        self._lock = Lock()
+
+    @property
+    def is_gone(self) -> bool:
+        return os.getppid() != self._pid
+
+    def begins(self, bequest: Bequest | None) -> None:
+        """A save begins, so the one before is settled."""
+        self.settles()
+        self._bequest = bequest
+
+    def settles(self) -> None:
+        """The last save needs nobody any more."""
+        with self._lock:
+            bequest, self._bequest = self._bequest, None
+            if bequest is not None:
+                bequest.close()
+
+    def leaves(self) -> None:
+        """Leave the last save to the next start, if it was written to its end and is not settled."""
+        if self._bequest is not None:
+            with contextlib.suppress(OSError):  # the next start then finds that there is none
+                self._bequest.leave()
+        self.settles()
+
+    def look(self) -> None:
+        """End this process, without waiting for anything, if its trainer is gone and has left nothing."""
+        if self.is_gone and self._bequest is None:
+            os._exit(1)
+
+    def watch(self) -> None:
+        """Once the trainer is gone, show that what it has left is being written, however long storage takes."""
+        while True:
+            time.sleep(_LOOK_SECONDS)
+            with self._lock:
+                if self.is_gone and self._bequest is not None:
+                    self._bequest.show_life()
 
 
 def _serve(
-    connection: socket.socket, request: dict[str, Any], descriptors: list[int], memory: _Memory, parent: int
+    connection: socket.socket, request: dict[str, Any], descriptors: list[int], memory: _Memory, trainer: _Trainer
 ) -> None:
     waits: list[float] = request["waits"]
     begun = time.monotonic()
+    bequest = None if request["bequest"] is None else Bequest(request["bequest"]["name"], descriptors[1])
+    trainer.begins(bequest)
     while True:
         try:
             view = memory.of(request["memory"], request["size"], descriptors[0])
-            files = _write(view, descriptors[1], request, parent)
+            files = _write(view, descriptors[1], request, trainer)
         except BaseException as error:
             again = bool(waits) and isinstance(error, OSError) and error.errno not in request["lasting"]
             reply = _told(error, request["directory"])
@@ -142,6 +210,9 @@ def _serve(
             time.sleep(reply["wait"])
         else:
             seconds = time.monotonic() - begun
+            if bequest is not None:
+                at, size = request["bequest"]["at"], request["bequest"]["size"]
+                bequest.complete({"files": files, "checksum": request["checksum"]}, bytes(view[at : at + size]))
             send(connection, {"files": files, "checksum": request["checksum"], "seconds": seconds})
             return
 
@@ -164,10 +235,12 @@ class _FileError(OSError):
         self.cause = cause
 
 
-def _write(memory: memoryview, directory: int, request: dict[str, Any], parent: int) -> list[tuple[str, int, str, str]]:
+def _write(
+    memory: memoryview, directory: int, request: dict[str, Any], trainer: _Trainer
+) -> list[tuple[str, int, str, str]]:
     """Write the files of a save and sync them and their directories; return names, sizes, checksums and samples."""
     kind, written = request["checksum"], []
-    _require(parent)
+    trainer.look()
     below = sorted({parent for file in request["files"] for parent in _parents(file["name"])})
     for name in below:
         with contextlib.suppress(FileExistsError):
@@ -175,7 +248,7 @@ def _write(memory: memoryview, directory: int, request: dict[str, Any], parent: 
     for file in request["files"]:
         name, size = file["name"], file["size"]
         try:
-            checksum = _write_file(memory, directory, file, kind, parent)
+            checksum = _write_file(memory, directory, file, kind, trainer)
             sample = ""
             if size > checksums.SAMPLED_BYTES:
                 sample = checksums.sample_of(Path(f"/proc/self/fd/{directory}") / name, kind)
@@ -195,9 +268,9 @@ def _parents(name: str) -> list[str]:
     return [str(parent) for parent in Path(name).parents if str(parent) != "."]
 
 
-def _write_file(memory: memoryview, directory: int, file: dict[str, Any], kind: str, parent: int) -> str:
+def _write_file(memory: memoryview, directory: int, file: dict[str, Any], kind: str, trainer: _Trainer) -> str:
     """Complete the records of a file and write it; return its checksum."""
-    _require(parent)
+    trainer.look()
     view = memory[file["at"] : file["at"] + file["size"]]
     rows = rows_of(memory[file["rows_at"] : file["rows_at"] + file["rows"] * ROW.size], file["rows"], file["size"])
     if len(view) != file["size"]:
@@ -208,7 +281,7 @@ def _write_file(memory: memoryview, directory: int, file: dict[str, Any], kind: 
     def hand_over(end: int, output: FileOutput) -> None:
         nonlocal done
         while end - done >= BLOCK or (end == len(view) and done < end):
-            _require(parent)
+            trainer.look()
             block = view[done : min(done + BLOCK, end)]
             hasher.update(block)
             output.write(block, done)

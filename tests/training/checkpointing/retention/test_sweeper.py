@@ -15,6 +15,7 @@ from bridge.training.checkpointing import (
     CheckpointNotFoundError,
     cleanup_old_non_persistent_checkpoint,
     commit,
+    recovery,
 )
 from bridge.training.checkpointing.contents.train_state import train_state_sidecar
 from bridge.training.checkpointing.integrity import FileRecord, Manifest, find_damage, read_manifest
@@ -321,7 +322,7 @@ def test_the_files_go_in_the_background_and_a_start_goes_on_with_what_is_left(tm
     assert visible(save_dir) == {"iter_0000300"}
     assert [entry.name for entry in save_dir.iterdir() if is_leftover(entry.name)]
     context: dict[str, Any] = {"trash": slow}
-    commit.recover_once(save_dir, context)
+    recovery.recover_once(save_dir, context)
     assert visible(save_dir) == {"iter_0000300"}
     trash_of(context).finish()
     assert not [entry.name for entry in save_dir.iterdir() if is_leftover(entry.name)]
@@ -347,7 +348,7 @@ def test_a_checkpoint_that_cannot_be_moved_costs_a_message_and_the_others_go(
 def sweep_to_the_end(save_dir: str) -> None:
     """What a run does after its save, until its end."""
     context: dict[str, Any] = {}
-    commit.recover_once(Path(save_dir), context)
+    recovery.recover_once(Path(save_dir), context)
     sweep_after_save(Path(save_dir), 50, NEWEST, trash_of(context))
     trash_of(context).finish()
 

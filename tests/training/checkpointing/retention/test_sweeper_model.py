@@ -24,7 +24,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bridge.training.checkpointing import commit
+from bridge.training.checkpointing import commit, recovery
 from bridge.training.checkpointing.contents.train_state import train_state_sidecar
 from bridge.training.checkpointing.files import delete_trash
 from bridge.training.checkpointing.integrity import FileRecord, Manifest, find_damage, read_manifest
@@ -461,7 +461,7 @@ class World:
         self._recover()
 
     def _recover(self) -> None:
-        commit.recover(self.save_dir)
+        recovery.recover(self.save_dir)
         assert not [entry for entry in self.save_dir.iterdir() if is_leftover(entry.name)]
 
     def _pin(self, event: Pin) -> None:

@@ -1,0 +1,176 @@
+"""What the next start makes of a directory that a crash has left: publish what is complete, remove the rest.
+
+A staging directory is complete if it is sealed, or if the writers of all ranks have outlived their trainers and left
+word that they have written everything (`inheritance`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bridge.training.checkpointing import commit, inheritance, ownership
+from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
+from bridge.training.checkpointing.files import move_to_trash, sync_directory
+from bridge.training.checkpointing.integrity import find_damage, read_manifest
+from bridge.training.checkpointing.layout import (
+    LEGACY_TRACKER,
+    TRACKER,
+    TRAIN_STATE,
+    list_checkpoints,
+    parse_iteration_name,
+    staged_name,
+)
+from bridge.training.checkpointing.retention.trash import trash_of
+
+logger = logging.getLogger(__name__)
+
+
+def unpublished(save_dir: Path) -> dict[str, str]:
+    """What `recover` publishes: sealed staging directories, and the names that they get. Nothing is changed.
+
+    Of several that would get one name it is the first.
+    """
+    found: dict[str, str] = {}
+    for name in list_checkpoints(save_dir).leftovers:
+        target = staged_name(name)
+        if target is None or target in found.values() or (save_dir / target).exists():
+            continue
+        if _is_sealed(save_dir / name):
+            found[name] = target
+    return found
+
+
+def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) -> None:
+    """Clean up after saves and deletions that a crash cut short.
+
+    Call it when no save is in progress, in the process that has claimed the directory. `delete` is given what is to
+    be deleted, under names that never count; by default it is deleted before this returns.
+
+    A sealed staging directory whose `iter_N` is absent may be the second half of a replacement, so it is
+    published rather than deleted; the trackers stay where they are. One that all ranks' writers have completed after
+    their trainers had died is sealed and published, and the trackers move to it. Everything else unfinished is
+    deleted. What becomes of each is logged, and who has left it.
+    """
+    trash: list[Path] = []
+    leftovers = list_checkpoints(save_dir).leftovers
+    if leftovers:
+        owner = ownership.predecessor_of(save_dir)
+        whose = f"the run that had it before ({owner})" if owner else "an earlier run, which has not said who it is"
+        logger.warning("%s holds %d unfinished things of %s", save_dir, len(leftovers), whose)
+    kept, inherited = _inherit(save_dir, leftovers)
+    sealed = unpublished(save_dir)
+    for name in leftovers:
+        path = save_dir / name
+        target = staged_name(name)
+        if name in kept:
+            logger.warning("%s is left for the next start", path)
+        elif target is not None and name in sealed:
+            inheritance.remove_bequests(path)
+            path.rename(save_dir / target)
+            sync_directory(save_dir)
+            logger.warning("published %s, which a crash had left complete as %s", target, name)
+            if name in inherited:
+                _track(save_dir / target)
+        elif target is not None:
+            logger.warning("removing %s: a save that did not finish", path)
+            trash.append(move_to_trash(path))
+        elif path.is_dir() and not path.is_symlink():
+            logger.warning("deleting %s: a deletion that did not finish", path)
+            trash.append(path)
+        else:
+            logger.warning("deleting %s: a file that was not written to its end", path)
+            commit.delete(path)
+    if delete is not None:
+        delete(trash)
+        return
+    for path in trash:
+        commit.delete(path)
+
+
+def _inherit(save_dir: Path, leftovers: Sequence[str]) -> tuple[set[str], set[str]]:
+    """Seal what writers have completed; the names of what is to stay as it is, and of what is sealed."""
+    kept, inherited = set(), set()
+    for name in leftovers:
+        path, target = save_dir / name, staged_name(name)
+        if target is None or (save_dir / target).exists():
+            continue
+        try:
+            if inheritance.is_complete(path) if _is_sealed(path) else inheritance.inherit(path):
+                inherited.add(name)
+        except OSError as error:
+            logger.warning("%s is complete but for its metadata, which cannot be written: %s", path, error)
+            kept.add(name)
+    return kept, inherited
+
+
+def _track(path: Path) -> None:
+    """Move the trackers to a checkpoint that was published for a run that died, as that would have done.
+
+    If somebody has moved them since it was saved, they stay.
+    """
+    save_dir, train_state = path.parent, path / TRAIN_STATE
+    trackers = [save_dir / name for name in (TRACKER, LEGACY_TRACKER)]
+    saved = train_state.stat().st_mtime_ns
+    if any(tracker.exists() and tracker.stat().st_mtime_ns > saved for tracker in trackers):
+        logger.warning("the trackers stay where they are: they were moved after %s was saved", path.name)
+        return
+    iteration = parse_iteration_name(path.name)
+    assert iteration is not None  # noqa: S101  (`staged_name` makes no other)
+    commit.move_trackers(save_dir, iteration, train_state.read_bytes())
+
+
+def recover_once(
+    save_dir: Path,
+    context: dict[str, Any] | None,
+    setting: str = "checkpoint.save",
+    wait_seconds: float | None = None,
+) -> None:
+    """Make a save directory ready, unless this process has it already: what is unfinished there may then be its own.
+
+    It is made if need be, claimed for this process, cleaned by `recover`, and written to once: better to learn at
+    the start of a run than hours later that nothing can be saved.
+
+    Args:
+        save_dir: the directory.
+        context: the checkpointing context, whose trash deletes in the background; None deletes before this returns.
+        setting: the one that names the directory, for messages.
+        wait_seconds: for another process to end that has the directory; None is `ownership.WAIT_SECONDS`.
+
+    Raises:
+        CheckpointSaveError: the directory cannot be made or written.
+        DirectoryInUseError: another process saves there.
+    """
+    try:
+        if not commit.make_ready(save_dir, setting, wait_seconds):
+            return
+        try:
+            recover(save_dir, None if context is None else trash_of(context).delete)
+            commit.begin_staging(save_dir, 0).rmdir()
+        except BaseException:
+            ownership.give_up(save_dir)
+            raise
+    except OSError as error:
+        raise CheckpointSaveError(
+            f"{setting}: cannot save in {save_dir}: {_reason(save_dir, error)}; "
+            "name a directory that can be made and written"
+        ) from error
+
+
+def _reason(save_dir: Path, error: OSError) -> str:
+    for path in (save_dir, *save_dir.parents):
+        if path.is_symlink() and not path.exists():
+            return f"{path} is a link to {path.readlink()}, which does not exist"
+        if path.exists() and not path.is_dir():
+            return f"{path} is not a directory"
+    return str(error)
+
+
+def _is_sealed(staging: Path) -> bool:
+    try:
+        manifest = read_manifest(staging)
+    except CheckpointDamagedError:
+        return False
+    return manifest is not None and not find_damage(staging, manifest.files)
