@@ -70,11 +70,15 @@ def enable() -> bool:
 
 
 def enable_sharding() -> None:
-    """Prepare this process, beyond `enable`, to shard models fully on the hardware it has.
+    """Prepare this process, beyond `enable`, to shard a model fully on the hardware it has.
 
-    Where CUDA is available this does nothing. Where it is not, the device meshes that Megatron-Core's wrappers ask for
-    on CUDA are made of the CPU.
+    Where CUDA is not available, the device meshes that Megatron-Core's wrappers ask for on CUDA are made of the CPU.
     """
+    # Imported where it is needed: it brings much that nothing else does.
+    from torch.distributed.tensor import debug
+
+    # What torch remembers of an earlier model in this process would name that one's groups: it compares ranks alone.
+    debug._clear_sharding_prop_cache()
     if not torch.cuda.is_available():
         from bridge.accelerator import cpu
 

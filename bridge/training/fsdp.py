@@ -9,7 +9,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 from megatron.core.transformer import TransformerConfig
-from torch.distributed.tensor import debug
 
 from bridge import accelerator
 from bridge.training.config import ConfigContainer, ConfigError
@@ -54,8 +53,6 @@ def wrap_in_megatron_fsdp(cfg: ConfigContainer, config: TransformerConfig, chunk
             "install bridge[fsdp], or set it to false"
         )
     accelerator.enable_sharding()
-    # What torch remembers of an earlier run in this process would name that run's groups: it compares ranks alone.
-    debug._clear_sharding_prop_cache()
     if not isinstance(mcore_fsdp_adapter.TELinear, type):
         # Megatron-Core 0.16 compares with this class even where TransformerEngine is absent.
         mcore_fsdp_adapter.TELinear = type("TELinear", (), {})

@@ -12,7 +12,6 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import debug
 
 from bridge import accelerator
 from bridge.training.checkpointing.contents.torch_fsdp2 import require_saveable
@@ -67,8 +66,6 @@ def wrap_in_torch_fsdp2(
         ConfigError: the model has parameters that could not be saved.
     """
     accelerator.enable_sharding()
-    # What torch remembers of an earlier run in this process would name that run's groups: it compares ranks alone.
-    debug._clear_sharding_prop_cache()
     if cfg.rng.data_parallel_random_init:
         _take_from_first(chunk)
     wrapped = TorchFsdp2(

@@ -24,13 +24,6 @@ from bridge.training.checkpointing.events.recording import Phases, record_in, re
 from bridge.training.checkpointing.fallback import Candidates, load_best
 from bridge.training.checkpointing.formats.registry import require_format
 from bridge.training.checkpointing.layout import is_iteration_directory, list_checkpoints, parse_iteration_name
-from bridge.training.checkpointing.objects.loading import (
-    close_all,
-    find_in_mirror,
-    find_one,
-    find_sources,
-    open_source,
-)
 from bridge.training.checkpointing.objects.places import save_directory
 from bridge.training.checkpointing.objects.run import report_uploads_to
 from bridge.training.checkpointing.parallel import default_pg_collection
@@ -145,7 +138,8 @@ def load_checkpoint(
         try:
             progress = load_best(candidates, describe, restore_all, ranks)
         finally:
-            close_all(opened)
+            for stored in opened:
+                stored.close()
         if preparation is not None:
             preparation.pace.resumed = time.monotonic()
         return progress
@@ -214,7 +208,7 @@ def load_checkpoint_from_path(
             phases=phases,
         )
     finally:
-        close_all([stored])
+        stored.close()
 
 
 def load_pretrained(
@@ -262,7 +256,7 @@ def _require_checkpoint(
 
     def find() -> Source:
         if is_url(place):
-            return find_one(cfg, place, ckpt_step, setting)
+            return _object_storage().find_one(cfg, place, ckpt_step, setting)  # type: ignore[no-any-return]
         source = find_source(path, ckpt_step, setting=setting)
         if source is None:
             raise CheckpointNotFoundError(f"{setting}: there is no checkpoint in {path}")
@@ -339,7 +333,7 @@ def _candidates(cfg: Any, tier: NonPersistentTier | None, ranks: Ranks) -> Candi
         found, others = _find_persistent(cfg, required=tier is None)
         candidates = preference(found, offers, cfg.checkpoint.ckpt_step if cfg.checkpoint.load else None) + others
         if not candidates and cfg.checkpoint.mirror is not None and _is_own(cfg.checkpoint):
-            candidates = find_in_mirror(cfg.checkpoint)
+            candidates = _object_storage().find_in_mirror(cfg.checkpoint)
         if cfg.checkpoint.save is not None and not offers:
             _warn_of_other_checkpoints(cfg.checkpoint, None if cfg.checkpoint.finetune else found.source)
         return candidates, _is_explicit(cfg.checkpoint)
@@ -367,7 +361,8 @@ def _find_persistent(cfg: Any, *, required: bool) -> tuple[Persistent, list[Sour
     if cfg.checkpoint.load is None:
         return Persistent(None, 0), []
     try:
-        found = find_sources(cfg.checkpoint) if is_url(cfg.checkpoint.load) else _find_in_directory(cfg)
+        is_remote = is_url(cfg.checkpoint.load)
+        found = _object_storage().find_sources(cfg.checkpoint) if is_remote else _find_in_directory(cfg)
     except CheckpointNotFoundError as error:
         if required:
             raise
@@ -375,6 +370,13 @@ def _find_persistent(cfg: Any, *, required: bool) -> tuple[Persistent, list[Sour
     if not found:
         return Persistent(None, 0), []
     return Persistent(found[0], parse_iteration_name(found[0].path.name) or 0), found[1:]
+
+
+def _object_storage() -> Any:
+    """What finds and opens checkpoints there; imported where it is needed, because most runs can do without."""
+    from bridge.training.checkpointing.objects import loading
+
+    return loading
 
 
 def _find_in_directory(cfg: Any) -> list[Source]:
@@ -398,7 +400,7 @@ def _find_in_directory(cfg: Any) -> list[Source]:
 
 def _open(source: Source, tier: NonPersistentTier | None, cfg: Any, ranks: Ranks) -> StoredCheckpoint:
     if source.origin:
-        return open_source(source, cfg, cfg.integrity)
+        return _object_storage().open_source(source, cfg, cfg.integrity)  # type: ignore[no-any-return]
     if tier is None or source.kind == "persistent":
         return DirectoryCheckpoint(source, cfg.integrity)
     return tier.open(source, ranks)

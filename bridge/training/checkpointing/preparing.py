@@ -19,7 +19,6 @@ from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.io.background_writer import BACKGROUND_WRITER
 from bridge.training.checkpointing.objects.places import save_directory, upload_url
-from bridge.training.checkpointing.objects.run import begin_uploads
 from bridge.training.checkpointing.parallel import Layout
 from bridge.training.checkpointing.retention.trash import trash_of
 from bridge.training.checkpointing.starts import STARTS, Starts, read_starts, starts_to_go_on, write_starts
@@ -80,6 +79,9 @@ def prepare(checkpoint_config: Any, context: dict[str, Any], groups: Any, chunks
         return known
     session, starts = prepare_directories(cfg, context, ranks)
     if upload_url(cfg) is not None:
+        # Imported where it is needed: most runs can do without object storage.
+        from bridge.training.checkpointing.objects.beginning import begin_uploads
+
         ranks.first("preparing the uploads", lambda: begin_uploads(cfg, context))
     tier: NonPersistentTier | None = None
     if kind == "global":

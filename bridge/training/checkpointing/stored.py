@@ -43,6 +43,9 @@ class StoredCheckpoint(Protocol):
     def data_iterator_state(self, data_parallel_rank: int, data_parallel_size: int) -> DataloaderState:
         """What the data iterator of a data-parallel rank of this run needs to go on. Local."""
 
+    def close(self) -> None:
+        """Nothing more is read. Local; no rank reads any more, and what was fetched for that can go."""
+
 
 @dataclass(frozen=True)
 class DirectoryCheckpoint:
@@ -69,3 +72,6 @@ class DirectoryCheckpoint:
     def data_iterator_state(self, data_parallel_rank: int, data_parallel_size: int) -> DataloaderState:
         """From the files in `dataloader_state/`."""
         return read_dataloader_state(self.source.path, data_parallel_rank, data_parallel_size)
+
+    def close(self) -> None:
+        """Nothing was fetched."""

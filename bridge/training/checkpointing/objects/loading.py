@@ -80,13 +80,6 @@ def open_source(source: Source, checkpoint_config: Any, integrity: Level) -> Obj
     return ObjectCheckpoint(source, options_of(checkpoint_config), integrity)
 
 
-def close_all(opened: list[Any]) -> None:
-    """Delete what was downloaded of the checkpoints that were opened. Local; no rank reads from them any more."""
-    for stored in opened:
-        if isinstance(stored, ObjectCheckpoint):
-            stored.close()
-
-
 def _staged(cfg: Any, store: ObjectStore, found: list[Source]) -> list[Source]:
     staging = Path(cfg.staging_dir).expanduser()
     try:

@@ -83,6 +83,9 @@ class RankLocalCheckpoint:
         """What rank 0's snapshot says of the save. Collective."""
         return ranks.first("examining the snapshots", self._describe)
 
+    def close(self) -> None:
+        """The snapshots are this process's own."""
+
     def _describe(self) -> Saved:
         common, sidecars = self.state.common, self.record.sidecars
         content = common.get(CONTENT_METADATA)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bridge.training.checkpointing.errors import CheckpointDamagedError, DirectoryInUseError, ObjectStoreError
+from bridge.training.checkpointing.layout import TRACKER, TRAIN_STATE
 from bridge.training.checkpointing.objects.client import ObjectStore
 from bridge.training.checkpointing.objects.listing import list_bucket
 from bridge.training.checkpointing.objects.owner import OWNER, BucketOwner, read_owner, successor, write_owner
@@ -107,6 +108,24 @@ def test_trackers_that_could_not_be_moved_are_moved_at_the_next_try(
     server.rules()
     assert steps.run() == [("uploaded", 10)]
     assert list_bucket(store, url).tracked == 10
+
+
+def test_the_trackers_move_to_a_checkpoint_that_retention_takes_from_the_directory_meanwhile(
+    store: ObjectStore, url: ObjectUrl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_checkpoint(tmp_path, 10, large=10)
+    train_state = (path / TRAIN_STATE).read_bytes()
+    steps = Steps(url, tmp_path, capsys)
+    upload = steps.uploader._upload
+
+    def upload_and_lose(*arguments: Any) -> None:
+        upload(*arguments)
+        shutil.rmtree(path)
+
+    steps.uploader._upload = upload_and_lose  # type: ignore[method-assign]
+    steps.run(10)
+    assert list_bucket(store, url).named == {10}
+    assert store.get(url.key(TRACKER)) == train_state
 
 
 def test_a_clock_that_was_set_back_does_not_move_the_trackers_back(

@@ -16,9 +16,10 @@ import pytest
 
 from bridge.training.checkpointing.events.kinds import Event, UploadFailed, UploadFinished, UploadStarted
 from bridge.training.checkpointing.events.stream import EventStream
+from bridge.training.checkpointing.objects.beginning import begin_uploads
 from bridge.training.checkpointing.objects.client import ObjectStore
 from bridge.training.checkpointing.objects.listing import list_bucket
-from bridge.training.checkpointing.objects.run import begin_uploads, not_uploaded
+from bridge.training.checkpointing.objects.run import not_uploaded
 from bridge.training.checkpointing.objects.uploads import Uploads, _parsed
 from bridge.training.object_url import ObjectUrl
 from tests.training.checkpointing.objects.store import Server, contents, files_below, make_checkpoint, require_truthful
