@@ -21,6 +21,7 @@ from bridge.training.checkpointing.collecting import (
     exchange,
 )
 from bridge.training.checkpointing.contents.extra_state import is_model_section
+from bridge.training.checkpointing.disk import SharedDirectory
 from bridge.training.checkpointing.failed_steps import attempt, step
 from bridge.training.checkpointing.failures.policy import FailurePolicy
 from bridge.training.checkpointing.failures.retrying import with_retries
@@ -157,25 +158,8 @@ def _planned(job: SaveJob, form: Format, ranks: Ranks, *, alone: bool) -> SaveTa
     room = room_for(target, job.live.state, job.context)
     target = replace(target, checkpoint_format=form.name)
     staging = target.save_dir / new_saving_name(target.iteration, ranks.new_name())
-
-    def begin() -> bool:
-        # The directory may have been deleted since the start of the run, and its lock with it.
-        if isinstance(job.tier, GlobalTier) and target.kind == job.tier.kind:
-            job.tier.take_over()
-            commit.make_ready(target.save_dir, GLOBAL_SETTING)
-        else:
-            commit.make_ready(target.save_dir)
-        commit.make_staging(staging)
-        return has_room_for_recent_size(room)
-
-    def begin_on_first() -> bool:
-        if not ranks.is_first:
-            return True
-        with step(_STAGING, for_all=True):
-            return with_retries(_STAGING, begin, policy, rank=0)
-
     try:
-        begun, not_begun = attempt(begin_on_first)
+        begun, not_begun = attempt(lambda: not ranks.is_first or _begin_staging(job, staging, room, policy))
         # Whatever has become of it: what a user's model or iterator does here may need all ranks.
         captured, not_captured = attempt(lambda: capture(job.live, job.prebuilt_state_dict))
         has_room = ranks.ask_with_next(bool(begun))
@@ -231,6 +215,23 @@ def _planned(job: SaveJob, form: Format, ranks: Ranks, *, alone: bool) -> SaveTa
         if ranks.is_first:
             commit.abandon(staging)
         raise
+
+
+def _begin_staging(job: SaveJob, staging: Path, room: SharedDirectory | None, policy: FailurePolicy) -> bool:
+    """Make the staging directory; whether there is room for as much as was saved lately. For rank 0."""
+
+    def begin() -> bool:
+        # The directory may have been deleted since the start of the run, and its lock with it.
+        if isinstance(job.tier, GlobalTier) and job.target.kind == job.tier.kind:
+            job.tier.take_over()
+            commit.make_ready(staging.parent, GLOBAL_SETTING)
+        else:
+            commit.make_ready(staging.parent)
+        commit.make_staging(staging)
+        return has_room_for_recent_size(room)
+
+    with step(_STAGING, for_all=True):
+        return with_retries(_STAGING, begin, policy, rank=0)
 
 
 def _format(job: SaveJob, ranks: Ranks) -> Format:
