@@ -44,9 +44,9 @@ PARTS = {
     "save": Part("--rounds 2", "--large 2x1MiB --small 40x1KiB --rounds 1"),
     "training": Part(
         "--layers 8 --rounds 5 --saves 100 --peer-saves 4",
-        "--layers 2 --hidden-size 64 --rounds 1 --saves 2 --peer-saves 2",
+        "--layers 2 --hidden-size 64 --rounds 1 --warm-up 0 --saves 2 --peer-saves 2",
     ),
-    "gpt": Part("--layers 4 --rounds 3", "--layers 2 --hidden-size 64 --rounds 1 --ranks 2"),
+    "gpt": Part("--layers 4 --rounds 3", "--layers 2 --hidden-size 64 --rounds 1 --warm-up 0 --ranks 2"),
     "resharding": Part("--rounds 5", "--large 2x1MiB --layers 2 --hidden-size 128 --rounds 1"),
     "checksums": Part("--rounds 5", "--mib 8 --rounds 1"),
     "repeat_save": Part("--tensors 20000 --ranks 1 --saves 5", "--tensors 100 --ranks 1 --saves 3", False),

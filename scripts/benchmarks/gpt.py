@@ -1,7 +1,7 @@
 """Saves and loads of real training state on several ranks: this project beside megatron-core and the bare bytes.
 
-    .venv/bin/python -m scripts.benchmarks.gpt [--layers N] [--hidden-size N] [--rounds N] [--ranks 1,2,4]
-        [--directory DIR] [--json FILE] [--markdown FILE]
+    .venv/bin/python -m scripts.benchmarks.gpt [--layers N] [--hidden-size N] [--rounds N] [--warm-up N]
+        [--ranks 1,2,4] [--directory DIR] [--json FILE] [--markdown FILE]
 
 GPTs of megatron-core's with its distributed optimizer, dense and with experts. All ways save and load the same model
 and optimizer, in turns, in the same processes. Seconds are those of the slowest rank.
@@ -47,8 +47,6 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 MEASURES = ("save", "stall", "load")
 WAYS = ("raw", "direct", "stock", "megatron")
 RATIOS = (("direct", "raw"), ("stock", "direct"), ("megatron", "direct"))
-WARM_UP = 2
-"""Rounds that are not counted: memory is found, and megatron-core plans twice."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=2, help="rounds that are not counted: megatron-core plans twice")
     parser.add_argument("--ranks", default="1,2,4", help="the cases for these numbers of ranks")
     add_directory(parser)
     options = parser.parse_args(arguments)
@@ -67,8 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (ranks, model) in CASES.items():
         if ranks in chosen:
             with tempfile.TemporaryDirectory(dir=options.directory, ignore_cleanup_errors=True) as directory:
-                shape = options.layers, options.hidden_size, model, options.rounds
-                found = _ranks.on_ranks(_measure, ranks, Path(directory), *shape)
+                shape = options.layers, options.hidden_size, model
+                rounds = options.warm_up, options.rounds
+                found = _ranks.on_ranks(_measure, ranks, Path(directory), *shape, *rounds)
             cases[name] = {"ranks": ranks, **found, "ratios": ratios(found["seconds"])}
     report = {"rounds": options.rounds, "cases": cases}
     hand_out(report, markdown(report), options)
@@ -88,7 +88,9 @@ def ratios(seconds: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, fl
     }
 
 
-def _measure(directory: Path, layers: int, hidden: int, model: dict[str, Any], rounds: int) -> dict[str, Any]:
+def _measure(
+    directory: Path, layers: int, hidden: int, model: dict[str, Any], warm_up: int, rounds: int
+) -> dict[str, Any]:
     """On every rank."""
     logging.disable(logging.ERROR)
     run = _gpt.gpt_run(directory / "direct", layers, hidden, model)
@@ -108,11 +110,11 @@ def _measure(directory: Path, layers: int, hidden: int, model: dict[str, Any], r
         "stall": {"raw": raw.copy, **{name: way.stall for name, way in ways.items()}},
     }
     seconds: dict[str, dict[str, list[float]]] = {name: {way: [] for way in WAYS} for name in MEASURES}
-    for number in range(WARM_UP + rounds):
+    for number in range(warm_up + rounds):
         for measure, by_way in actions.items():
             for way, action in by_way.items():
                 taken = action()
-                if number >= WARM_UP:
+                if number >= warm_up:
                     seconds[measure][way].append(taken)
     return {"bytes": written, "seconds": seconds, "is what it was": _is_restored(run, ways)}
 

@@ -1,7 +1,7 @@
 """Training time that an asynchronous save costs, on a real training loop: this project beside the others.
 
-    .venv/bin/python -m scripts.benchmarks.training [--layers N] [--hidden-size N] [--rounds N] [--saves N]
-        [--peer-saves N] [--directory DIR] [--json FILE] [--markdown FILE]
+    .venv/bin/python -m scripts.benchmarks.training [--layers N] [--hidden-size N] [--rounds N]
+        [--warm-up N] [--saves N] [--peer-saves N] [--directory DIR] [--json FILE] [--markdown FILE]
 
 For each way to save, a process trains a GPT of megatron-core's with Adam, which writes to all parameters and moments in
 every step. The processes take turns, and only one works at a time. "Lost" is what the time from the beginning of a save
@@ -45,8 +45,6 @@ from scripts.benchmarks._command import add_directory, command, hand_out
 from scripts.benchmarks._processes import PeakMemory, processor_seconds
 
 WAYS = ("copy", "copy and write", "direct", "stock", "megatron", "dcp thread", "dcp process")
-WARM_UP = 2
-"""Rounds that are not counted: memory is found, and megatron-core plans twice."""
 STEPS = 3
 """Beside a save, at least; and undisturbed ones before it."""
 
@@ -57,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=2, help="rounds that are not counted: megatron-core plans twice")
     parser.add_argument("--saves", type=int, default=100, help="of this project's, for the memory; at least 2")
     parser.add_argument("--peer-saves", type=int, default=6, help="of each other way, for the memory; at least 2")
     add_directory(parser)
@@ -85,10 +84,10 @@ def _measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     try:
         for way, trainer in trainers.items():
             found[way] = {"state": trainer.state, "first": trainer.save(), "rounds": []}
-        for number in range(WARM_UP + options.rounds):
+        for number in range(options.warm_up + options.rounds):
             for way, trainer in trainers.items():
                 measured = trainer.save()
-                if number >= WARM_UP:
+                if number >= options.warm_up:
                     found[way]["rounds"].append(measured)
         for way, trainer in trainers.items():
             saves = options.saves if way == "direct" else options.peer_saves

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import pickle
 import signal
@@ -30,8 +31,12 @@ from tests.distributed.forking import fork
 accelerator.enable()
 
 import megatron.core  # noqa: E402, F401  (imported here so that the ranks need not)
+from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset  # noqa: E402
 
 torch.set_num_threads(1)
+
+SYNTHETIC_SEQUENCES = 10_000
+"""That a rank's synthetic data has, of some 2,000 tokens each: all that megatron-core makes take 0.2 s to shuffle."""
 
 OUTPUT_TAIL = 8000  # characters of a rank's output shown when it fails
 
@@ -63,8 +68,12 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
         ranks: list[_Rank] = []
         try:
-            for number in range(world_size):
-                ranks.append(_fork(fn, args, number, world_size, port, Path(directory)))
+            gc.freeze()  # a collection in a rank would look at, and so copy, all that the parent has imported
+            try:
+                for number in range(world_size):
+                    ranks.append(_fork(fn, args, number, world_size, port, Path(directory)))
+            finally:
+                gc.unfreeze()
             _wait_for_all(ranks, timeout)
             return [pickle.loads(rank.result.read_bytes())[1] for rank in ranks]
         finally:
@@ -115,6 +124,7 @@ def _fork(
         os.environ.update({name: str(value) for name, value in names.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
         torch.set_num_threads(1)
+        MockGPTLowLevelDataset.size = SYNTHETIC_SEQUENCES
         result.write_bytes(_pickled_outcome(fn, args))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
