@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bridge.training.checkpointing.integrity import find_damage, read_manifest
-from bridge.training.checkpointing.layout import TRACKER, is_leftover, iteration_name, list_checkpoints
+from bridge.training.checkpointing.layout import BEQUEST_PREFIX, TRACKER, is_leftover, iteration_name, list_checkpoints
 from tests.distributed.forking import fork
 from tests.faults import job as jobs
 from tests.faults.job import Job, Ran
@@ -177,6 +177,7 @@ def damage_in(save: Path) -> list[str]:
             problems.append(f"{path.name} has no manifest")
         else:
             problems += [f"{path.name}: {found}" for found in find_damage(path, manifest.files, checksums=True)]
+        problems += [f"{path.name} has {left.name}" for left in path.glob(f"{BEQUEST_PREFIX}*")]
     if (tracked := tracked_by(save)) is not None and tracked not in listing.iterations:
         problems.append(f"the tracker names {tracked} and there are {listing.iterations}")
     return problems

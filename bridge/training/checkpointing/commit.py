@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 
 from bridge.training.checkpointing import ownership
@@ -116,6 +117,7 @@ def publish(staging: Path, iteration: int) -> Path:
     else:
         staging.rename(final)
     sync_directory(final.parent)
+    remove_bequests(final)
     if replaced is not None:
         logger.warning("replaced the checkpoint that was in %s", final)
         delete(replaced)
@@ -132,6 +134,27 @@ def move_trackers(save_dir: Path, iteration: int, train_state: bytes) -> None:
     """
     replace_file(save_dir / TRACKER, train_state)
     replace_file(save_dir / LEGACY_TRACKER, str(iteration).encode())
+
+
+def digest_of_trackers(save_dir: Path) -> str:
+    """Another one whenever a tracker is moved."""
+    found = sha256()
+    for name in (TRACKER, LEGACY_TRACKER):
+        try:
+            content = (save_dir / name).read_bytes()
+        except FileNotFoundError:
+            content = b""
+        found.update(len(content).to_bytes(8, "little") + content)
+    return found.hexdigest()
+
+
+def remove_bequests(directory: Path) -> None:
+    """Remove what writers have left for a save that is published now, or about to be. Trouble is only logged."""
+    for path in directory.glob(f"{BEQUEST_PREFIX}*"):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("could not delete %s: %s", path, error)
 
 
 def abandon(staging: Path) -> None:

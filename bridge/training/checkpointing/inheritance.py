@@ -10,17 +10,19 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from zlib_ng.zlib_ng import crc32
 
 from bridge.training.checkpointing.commit import describe_files, seal
 from bridge.training.checkpointing.errors import CheckpointError
 from bridge.training.checkpointing.files import sync_file
 from bridge.training.checkpointing.integrity import FileRecord, Manifest
 from bridge.training.checkpointing.layout import BEQUEST_PREFIX, bequest_name, iteration_name, staged_name
-from bridge.training.checkpointing.safety.containment import contained_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +32,30 @@ _PATIENCE_SECONDS = 20.0
 """For which nothing may be heard of any writer that is still at it. Each of them shows every second that it lives."""
 _NOTICE_SECONDS = 5.0
 """For which nothing may be heard where the writers that have shown themselves are done: the others have nothing."""
-_LOOK_SECONDS = 0.1
+_LONGEST_SECONDS = 1800.0
+"""For which writers are waited for at all."""
+_LOOK_SECONDS = 0.5
 _TELL_SECONDS = 10.0
+_MOST_RANKS = 1 << 20
+_LARGEST = 1 << 28
+"""Bytes of a file that a writer leaves; that of 16,384 ranks takes 6 MB."""
 
 
-def bequest_of(manifest: Manifest, payload: bytes) -> bytes:
+class _NoPartError(Exception):
+    """What a rank has left is none, or fits nothing."""
+
+
+def bequest_of(rank: int, manifest: Manifest, trackers: str, payload: bytes) -> bytes:
     """What a trainer gives its writer.
 
     Args:
+        rank: its own.
         manifest: of the checkpoint, as far as this rank knows it: its files are left out.
+        trackers: on rank 0, `commit.digest_of_trackers` when the save began.
         payload: what the format needs of this rank (`PayloadWrite.bequest`).
     """
-    return json.dumps({"version": VERSION, "manifest": manifest.to_json()}).encode() + b"\n" + payload
+    content = {"version": VERSION, "rank": rank, "trackers": trackers, "manifest": manifest.to_json()}
+    return json.dumps(content).encode() + b"\n" + payload
 
 
 @dataclass(frozen=True)
@@ -50,12 +64,86 @@ class _Part:
 
     manifest: Manifest
     """With the files of this rank."""
+    trackers: str
     payload: bytes
 
 
+@dataclass
+class _Heard:
+    """What can be told of the writers without reading all that they have left."""
+
+    staging: Path
+    world_size: int | None = None
+    """Once one of them has said it."""
+    done: set[int] = field(default_factory=set)
+    writing: dict[int, int] = field(default_factory=dict)
+    """Those that are still at it: when they were last heard of, by the clock of the file system."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.world_size is not None and len(self.done) == self.world_size
+
+    def listen(self) -> None:
+        """Look again. What cannot be read counts as absent."""
+        for rank in self._ranks() - self.done:
+            found = self._status(rank)
+            if found is None:
+                self.writing.pop(rank, None)
+            elif not found.st_size:
+                self.writing[rank] = found.st_mtime_ns
+            else:
+                self.writing.pop(rank, None)
+                self.done.add(rank)
+                self._learn(rank)
+        if self.world_size is not None:
+            self.done = {rank for rank in self.done if rank < self.world_size}
+
+    def _ranks(self) -> set[int]:
+        if self.world_size is not None:  # asked for by name, because a listing may be an old one
+            return set(range(self.world_size))
+        try:
+            names = [entry.name.removeprefix(BEQUEST_PREFIX) for entry in self.staging.glob(f"{BEQUEST_PREFIX}*")]
+        except OSError:
+            return set()
+        return {int(name) for name in names if name.isdecimal() and len(name) < 10}
+
+    def _status(self, rank: int) -> os.stat_result | None:
+        try:
+            # Opened, because a network file system then asks for what is really there.
+            descriptor = os.open(self.staging / bequest_name(rank), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return None
+        try:
+            found = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        return found if stat.S_ISREG(found.st_mode) else None
+
+    def _learn(self, rank: int) -> None:
+        if self.world_size is not None:
+            return
+        try:
+            world_size = _read(self.staging, rank).manifest.world_size
+        except (_NoPartError, OSError):
+            return
+        if 0 < world_size <= _MOST_RANKS:
+            self.world_size = world_size
+
+
 def is_complete(staging: Path) -> bool:
-    """Whether the writers of all ranks have left word that they are done. Nothing is changed."""
-    return _is_complete(staging, _left_in(staging))
+    """Whether the writers of all ranks have left word that they are done. Nothing is changed, and nothing raised."""
+    heard = _Heard(staging)
+    heard.listen()
+    heard.listen()  # by name, now that it is known how many there are
+    return heard.is_complete
+
+
+def trackers_then(staging: Path) -> str | None:
+    """`commit.digest_of_trackers` when the save began, as rank 0 has left it; None where it has left nothing."""
+    try:
+        return _read(staging, 0).trackers
+    except (_NoPartError, OSError):
+        return None
 
 
 def inherit(staging: Path) -> bool:
@@ -67,126 +155,113 @@ def inherit(staging: Path) -> bool:
         Whether it is sealed now. If not, too few ranks have left something, or it does not fit together; why is logged.
 
     Raises:
-        OSError: storage does not let it be completed.
+        OSError: it is complete, and storage does not let it be read, or what is missing be written.
     """
     if not _await_writers(staging):
         return False
     try:
         manifest = _complete(staging)
         seal(staging, manifest)
-    except (CheckpointError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        logger.warning("%s cannot be completed: %s: %s", staging, type(error).__name__, error)
+    except (_NoPartError, CheckpointError, ValueError, OverflowError, MemoryError) as error:
+        logger.warning("%s cannot be completed: %s", staging, error or type(error).__name__)
         return False
-    remove_bequests(staging)
     logger.warning("completed the save of iteration %d: its writers have outlived a run that died", manifest.iteration)
     return True
 
 
-def remove_bequests(staging: Path) -> None:
-    """Remove what writers have left in a directory; it is sealed, so nobody needs that any more."""
-    for path in staging.glob(f"{BEQUEST_PREFIX}*"):
-        path.unlink(missing_ok=True)
-
-
-def _left_in(staging: Path) -> dict[int, tuple[int, int]]:
-    """By rank, the size and the time of what is there; only size 0 still changes."""
-    found = {}
-    for path in staging.glob(f"{BEQUEST_PREFIX}*"):
-        rank = path.name.removeprefix(BEQUEST_PREFIX)
-        if not rank.isdecimal():
-            continue
-        try:
-            # Opened, because a network file system then asks for what is really there.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue
-        try:
-            status = os.fstat(descriptor)
-        finally:
-            os.close(descriptor)
-        found[int(rank)] = status.st_size, status.st_mtime_ns
-    return found
-
-
-def _is_complete(staging: Path, left: Mapping[int, tuple[int, int]]) -> bool:
-    done = sorted(rank for rank, (size, _) in left.items() if size)
-    if not done:
-        return False
-    try:
-        world_size = _read(staging, done[0]).manifest.world_size
-    except (CheckpointError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError):
-        return False
-    return done == list(range(world_size))
-
-
 def _await_writers(staging: Path) -> bool:
     """Wait while writers are at it; whether all of them came to their end."""
-    heard: dict[int, tuple[int, int]] = {}
-    since = told = time.monotonic()
-    while left := _left_in(staging):
-        if _is_complete(staging, left):
-            return True
+    heard, before = _Heard(staging), ({-1}, {-1: 0})
+    begun = since = told = time.monotonic()
+    while True:
+        heard.listen()
         now = time.monotonic()
-        if left != heard:
-            heard, since = left, now
-        elif now - since > (_NOTICE_SECONDS if all(size for size, _ in left.values()) else _PATIENCE_SECONDS):
-            logger.warning("%s: nothing was heard of the other ranks' writers for %.0f s", staging, now - since)
+        if heard.is_complete:
+            return True
+        if not heard.done and not heard.writing:
+            return False
+        if (found := (set(heard.done), dict(heard.writing))) != before:
+            before, since = found, now
+        silent = now - since
+        if silent > (_PATIENCE_SECONDS if heard.writing else _NOTICE_SECONDS) or now - begun > _LONGEST_SECONDS:
+            logger.warning("%s: nothing was heard of the other ranks' writers for %.0f s", staging, silent)
             return False
         if now - told > _TELL_SECONDS:
             told = now
-            done = sum(1 for size, _ in left.values() if size)
-            logger.warning("%s: waiting for writers that have outlived their run; %d are done", staging, done)
+            logger.warning(
+                "%s: waiting for writers that have outlived their run; %d are done", staging, len(heard.done)
+            )
         time.sleep(_LOOK_SECONDS)
-    return False
 
 
 def _read(staging: Path, rank: int) -> _Part:
     """What a rank has left.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: it is something else.
-        CheckpointError: it lies elsewhere.
+        _NoPartError: there is nothing, or it is something else.
         OSError: it cannot be read.
     """
-    written, given, payload = contained_file(staging, bequest_name(rank))[0].read_bytes().split(b"\n", 2)
-    files, content = json.loads(written), json.loads(given)
-    if content["version"] != VERSION:
-        raise ValueError(f"what rank {rank} has left is of version {content['version']!r}")
-    manifest = Manifest.from_json(content["manifest"])
+    path = staging / bequest_name(rank)
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
+            raise _NoPartError(f"{path.name} is no file of a size that makes sense")
+        return _parsed(path.read_bytes(), rank)
+    except FileNotFoundError as error:
+        raise _NoPartError(f"rank {rank} has left nothing") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise _NoPartError(f"what rank {rank} has left cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _parsed(data: bytes, rank: int) -> _Part:
+    head, body = data.split(b"\n", 1)
+    if json.loads(head) != {"crc32": crc32(body)}:
+        raise ValueError("it is damaged")
+    written, given, payload = body.split(b"\n", 2)
+    files: dict[str, Any] = json.loads(written)
+    content: dict[str, Any] = json.loads(given)
+    if content["version"] != VERSION or content["rank"] != rank:
+        raise ValueError(f"it is of rank {content['rank']!r} and of version {content['version']!r}")
     kind = files["checksum"]
     records = tuple(FileRecord(name, size, checksum, kind, sample) for name, size, checksum, sample in files["files"])
-    return _Part(replace(manifest, files=records), payload)
+    # Parsed once more with these files: that checks their names, sizes and checksums.
+    manifest = Manifest.from_json(replace(Manifest.from_json(content["manifest"]), files=records).to_json())
+    return _Part(manifest, str(content["trackers"]), payload)
 
 
 def _complete(staging: Path) -> Manifest:
-    """Write the files that need what all ranks know; return the manifest."""
+    """Write the files that need what all ranks know; return the manifest.
+
+    Raises:
+        _NoPartError, ValueError: the parts do not make up a whole.
+        OSError: a file cannot be written.
+    """
     # Imported where it is needed: it brings megatron-core, which most starts find nothing to do for.
-    from bridge.training.checkpointing.formats.registry import format_named
+    from bridge.training.checkpointing.formats.registry import format_of_this_version
 
     first = _read(staging, 0).manifest
     parts = [_read(staging, rank) for rank in range(first.world_size)]
     if iteration_name(first.iteration) != staged_name(staging.name):
-        raise ValueError(f"rank 0 has left iteration {first.iteration}")
+        raise _NoPartError(f"rank 0 has left iteration {first.iteration}")
     for rank, part in enumerate(parts):
         if _save_of(part.manifest) != _save_of(first):
-            raise ValueError(f"rank {rank} has left another save than rank 0")
-    complete = format_named(first.checkpoint_format).inherit
-    if complete is None:
-        raise ValueError(f"the format {first.checkpoint_format!r} cannot be completed")
-    names = complete(staging, [part.payload for part in parts])
+            raise _NoPartError(f"rank {rank} has left another save than rank 0")
+    form = format_of_this_version(first.checkpoint_format)
+    if form is None or form.inherit is None:
+        raise _NoPartError(f"the format {first.checkpoint_format!r} cannot be completed")
+    names = form.inherit(staging, [part.payload for part in parts])
     for name in names:
         sync_file(staging / name)
     records = [record for part in parts for record in part.manifest.files]
     records += describe_files(staging, names, first.checksum)
     if len({record.name for record in records}) != len(records):
-        raise ValueError("two ranks have written one file")
+        raise _NoPartError("two ranks have written one file")
     metrics: dict[str, float] = {}
     for part in reversed(parts):
         metrics |= part.manifest.metrics
     ordered = tuple(sorted(records, key=lambda record: record.name))
-    manifest = replace(first, files=ordered, created=time.time(), metrics=metrics)
-    return Manifest.from_json(manifest.to_json())  # which checks the records
+    return replace(first, files=ordered, created=time.time(), metrics=metrics)
 
 
 def _save_of(manifest: Manifest) -> tuple[object, ...]:
-    return manifest.iteration, manifest.checkpoint_format, manifest.world_size, manifest.start
+    return manifest.iteration, manifest.checkpoint_format, manifest.world_size, manifest.start, manifest.checksum

@@ -163,12 +163,10 @@ class SaveQueue:
             except BaseException as error:
                 if head.failed is not None:
                     head.failed(error)
-                if isinstance(error, RankLostError):
-                    _leave(head)
-                    raise
-                if head.abandon is not None:
+                is_left = isinstance(error, RankLostError) and _leave(head)
+                if head.abandon is not None and not is_left:
                     head.abandon()
-                if not isinstance(error, CheckpointError):
+                if not isinstance(error, CheckpointError) or isinstance(error, RankLostError):
                     raise
                 head.meeting.close()
                 settle(head.persistent, error)

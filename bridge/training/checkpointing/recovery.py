@@ -7,7 +7,7 @@ word that they have written everything (`inheritance`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,7 @@ from bridge.training.checkpointing import commit, inheritance, ownership
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
 from bridge.training.checkpointing.files import move_to_trash, sync_directory
 from bridge.training.checkpointing.integrity import find_damage, read_manifest
-from bridge.training.checkpointing.layout import (
-    LEGACY_TRACKER,
-    TRACKER,
-    TRAIN_STATE,
-    list_checkpoints,
-    parse_iteration_name,
-    staged_name,
-)
+from bridge.training.checkpointing.layout import TRAIN_STATE, iteration_name, list_checkpoints, staged_name
 from bridge.training.checkpointing.retention.trash import trash_of
 
 logger = logging.getLogger(__name__)
@@ -50,9 +43,9 @@ def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) 
     be deleted, under names that never count; by default it is deleted before this returns.
 
     A sealed staging directory whose `iter_N` is absent may be the second half of a replacement, so it is
-    published rather than deleted; the trackers stay where they are. One that all ranks' writers have completed after
-    their trainers had died is sealed and published, and the trackers move to it. Everything else unfinished is
-    deleted. What becomes of each is logged, and who has left it.
+    published rather than deleted. One that all ranks' writers have completed after their trainers had died is sealed
+    and published, too. The trackers move to it if the run has left what they were when it began to save, and they
+    are that still. Everything else unfinished is deleted. What becomes of each is logged, and who has left it.
     """
     trash: list[Path] = []
     leftovers = list_checkpoints(save_dir).leftovers
@@ -60,20 +53,20 @@ def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) 
         owner = ownership.predecessor_of(save_dir)
         whose = f"the run that had it before ({owner})" if owner else "an earlier run, which has not said who it is"
         logger.warning("%s holds %d unfinished things of %s", save_dir, len(leftovers), whose)
-    kept, inherited = _inherit(save_dir, leftovers)
+    kept = _inherit(save_dir, leftovers)
     sealed = unpublished(save_dir)
+    published: dict[str, str | None] = {}
     for name in leftovers:
         path = save_dir / name
         target = staged_name(name)
         if name in kept:
             logger.warning("%s is left for the next start", path)
         elif target is not None and name in sealed:
-            inheritance.remove_bequests(path)
+            published[target] = inheritance.trackers_then(path)
             path.rename(save_dir / target)
             sync_directory(save_dir)
+            commit.remove_bequests(save_dir / target)
             logger.warning("published %s, which a crash had left complete as %s", target, name)
-            if name in inherited:
-                _track(save_dir / target)
         elif target is not None:
             logger.warning("removing %s: a save that did not finish", path)
             trash.append(move_to_trash(path))
@@ -83,6 +76,7 @@ def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) 
         else:
             logger.warning("deleting %s: a file that was not written to its end", path)
             commit.delete(path)
+    _track(save_dir, published)
     if delete is not None:
         delete(trash)
         return
@@ -90,36 +84,38 @@ def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) 
         commit.delete(path)
 
 
-def _inherit(save_dir: Path, leftovers: Sequence[str]) -> tuple[set[str], set[str]]:
-    """Seal what writers have completed; the names of what is to stay as it is, and of what is sealed."""
-    kept, inherited = set(), set()
+def _inherit(save_dir: Path, leftovers: Sequence[str]) -> set[str]:
+    """Seal what writers have completed; the names of what is to stay as it is."""
+    kept = set()
     for name in leftovers:
         path, target = save_dir / name, staged_name(name)
-        if target is None or (save_dir / target).exists():
+        if target is None or (save_dir / target).exists() or _is_sealed(path):
             continue
         try:
-            if inheritance.is_complete(path) if _is_sealed(path) else inheritance.inherit(path):
-                inherited.add(name)
+            inheritance.inherit(path)
         except OSError as error:
-            logger.warning("%s is complete but for its metadata, which cannot be written: %s", path, error)
+            logger.warning("%s is complete, but storage does not let it be published: %s", path, error)
             kept.add(name)
-    return kept, inherited
+    return kept
 
 
-def _track(path: Path) -> None:
-    """Move the trackers to a checkpoint that was published for a run that died, as that would have done.
+def _track(save_dir: Path, published: Mapping[str, str | None]) -> None:
+    """Move the trackers as the run that died would have done, unless somebody has moved them since.
 
-    If somebody has moved them since it was saved, they stay.
+    Args:
+        save_dir: the directory of checkpoints.
+        published: names of checkpoints that were published for it, and what it has left of the trackers; None: nothing.
     """
-    save_dir, train_state = path.parent, path / TRAIN_STATE
-    trackers = [save_dir / name for name in (TRACKER, LEGACY_TRACKER)]
-    saved = train_state.stat().st_mtime_ns
-    if any(tracker.exists() and tracker.stat().st_mtime_ns > saved for tracker in trackers):
-        logger.warning("the trackers stay where they are: they were moved after %s was saved", path.name)
+    now = commit.digest_of_trackers(save_dir)
+    left = [name for name, then in published.items() if then is not None]
+    if not left:
         return
-    iteration = parse_iteration_name(path.name)
-    assert iteration is not None  # noqa: S101  (`staged_name` makes no other)
-    commit.move_trackers(save_dir, iteration, train_state.read_bytes())
+    saved = [read_manifest(save_dir / name) for name in left if published[name] == now]
+    if newest := max((each for each in saved if each is not None), key=lambda m: (m.start, m.iteration), default=None):
+        train_state = save_dir / iteration_name(newest.iteration) / TRAIN_STATE
+        commit.move_trackers(save_dir, newest.iteration, train_state.read_bytes())
+    else:
+        logger.warning("the trackers stay where they are: they were moved after %s was saved", ", ".join(left))
 
 
 def recover_once(

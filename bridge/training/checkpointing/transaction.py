@@ -212,7 +212,8 @@ class Save:
     ) -> BackgroundCall | None:
         small = [(sidecar.name, sidecar.data) for sidecar in (*self.payload.sidecars, *self.sidecars)]
         result, metrics = direct.result(), self.metrics
-        bequest = None if self.payload.bequest is None else self._bequest(self.payload.bequest(result))
+        left = None if self.payload.bequest is None else self.payload.bequest(result)
+        bequest = None if left is None else self._bequest(left)
         self._writing = writer.write(
             Files(direct.images, small, self.staging, self.checksum, bequest),
             name,
@@ -224,7 +225,9 @@ class Save:
     def _bequest(self, payload: bytes) -> tuple[str, bytes]:
         ranks = Ranks.current()
         world_size = ranks.size if self.world_size is None else self.world_size
-        return bequest_name(ranks.rank), bequest_of(self._manifest([], world_size, self.metrics), payload)
+        manifest = self._manifest([], world_size, self.metrics)
+        trackers = commit.digest_of_trackers(self.target.save_dir) if ranks.is_first else ""
+        return bequest_name(ranks.rank), bequest_of(ranks.rank, manifest, trackers, payload)
 
     def finish(self, phase: str, write: Callable[[], RankReport], written: Callable[[], None]) -> None:
         """Collect what every rank wrote, commit the save and tell the world; see `SaveTask.finish`."""

@@ -6,13 +6,17 @@ themselves, and what they have left is changed before the next start looks at it
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import shutil
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +24,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from bridge.training.checkpointing import inheritance, recovery
+from bridge.training.checkpointing import commit, inheritance, recovery
 from bridge.training.checkpointing.catalog.listing import list_all
 from bridge.training.checkpointing.catalog.repairing import plan_repairs, repair
 from bridge.training.checkpointing.contents.train_state import read_train_state
-from bridge.training.checkpointing.integrity import find_damage, read_manifest
+from bridge.training.checkpointing.integrity import Manifest, find_damage, read_manifest
+from bridge.training.checkpointing.io.bequest import Bequest
 from bridge.training.checkpointing.layout import BEQUEST_PREFIX, bequest_name, list_checkpoints
 from bridge.training.checkpointing.queue import queue_of
 from bridge.training.setup import setup
@@ -141,17 +146,59 @@ def add_a_file(staging: Path) -> None:
     (staging / "stray").touch()
 
 
-def edit(change: Callable[[dict[str, Any], dict[str, Any]], Any], rank: int = 1) -> Callable[[Path], None]:
-    """Change what a rank has left: the writer's line and the trainer's."""
+def rewrite(file: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any], payload: bytes | None = None) -> None:
+    """Change what a rank has left: the writer's line and the trainer's, and the rest."""
+    _, written, given, found = file.read_bytes().split(b"\n", 3)
+    lines = json.loads(written), json.loads(given)
+    change(*lines)
+    rest = found if payload is None else payload
+    body = b"\n".join([*(json.dumps(line).encode() for line in lines), rest])
+    file.write_bytes(json.dumps({"crc32": zlib.crc32(body)}).encode() + b"\n" + body)
 
+
+def edit(change: Callable[[dict[str, Any], dict[str, Any]], Any], *ranks: int) -> Callable[[Path], None]:
     def apply(staging: Path) -> None:
-        file = staging / bequest_name(rank)
-        written, given, payload = file.read_bytes().split(b"\n", 2)
-        lines = json.loads(written), json.loads(given)
-        change(*lines)
-        file.write_bytes(b"\n".join([*(json.dumps(line).encode() for line in lines), payload]))
+        for rank in ranks or (1,):
+            rewrite(staging / bequest_name(rank), change)
 
     return apply
+
+
+def with_manifest(**changes: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    """A change of the manifest that a trainer has given."""
+
+    def change(written: dict[str, Any], given: dict[str, Any]) -> None:
+        given["manifest"] = replace(Manifest.from_json(given["manifest"]), **changes).to_json()
+
+    return change
+
+
+def make_a_pipe(staging: Path) -> None:
+    (staging / bequest_name(1)).unlink()
+    os.mkfifo(staging / bequest_name(1))
+
+
+def make_a_link(staging: Path) -> None:
+    file = staging / bequest_name(1)
+    file.rename(staging.parent / "elsewhere")
+    file.symlink_to(staging.parent / "elsewhere")
+
+
+def make_it_huge(staging: Path) -> None:
+    os.truncate(staging / bequest_name(1), 1 << 36)
+
+
+def flip_a_digit(staging: Path) -> None:
+    file = staging / bequest_name(1)
+    data = file.read_bytes()
+    at = data.index(b'"files"') + 40
+    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+
+
+def make_a_bomb(staging: Path) -> None:
+    """Places that say they are many more bytes than the plan has shards for."""
+    packed = zlib.compress(bytes(1 << 26))
+    rewrite(staging / bequest_name(1), lambda *_: None, struct.pack("<QQ", len(packed), 1 << 22) + packed)
 
 
 def cut(rank: int, size: int) -> Callable[[Path], None]:
@@ -179,17 +226,29 @@ def swap(staging: Path) -> None:
         (lose_bytes, "__1_0.distcp has "),
         (add_a_file, "stray was written by nobody"),
         (of_iteration_three, "rank 0 has left iteration 2"),
-        (swap, "cannot be completed: ValueError"),
-        (cut(1, -1), "cannot be completed: ValueError"),
-        (cut(0, -9), "cannot be completed: ValueError"),
-        (cut(0, 10), "nothing was heard of the other ranks' writers"),
+        (swap, "it is of rank 0 and of version 1"),
+        (cut(1, -1), "it is damaged"),
+        (cut(0, -9), "it is damaged"),
+        (cut(0, 10), "cannot be completed"),
         (cut(1, 10), "cannot be completed"),
-        (edit(lambda written, given: given.update(version=2)), "rank 1 has left is of version 2"),
-        (edit(lambda written, given: given.update(manifest="{}")), "cannot be completed: ValueError"),
-        (edit(lambda written, given: given.pop("manifest")), "cannot be completed: KeyError"),
-        (edit(lambda written, given: written.update(files=7)), "cannot be completed: TypeError"),
-        (edit(lambda written, given: written["files"][0].__setitem__(0, "../x")), "cannot be completed"),
-        (edit(lambda written, given: written.update(checksum="none")), "cannot be completed: ValueError"),
+        (flip_a_digit, "it is damaged"),
+        (make_a_pipe, "nothing was heard of the other ranks' writers"),
+        (make_a_link, "nothing was heard of the other ranks' writers"),
+        (make_it_huge, "no file of a size that makes sense"),
+        (make_a_bomb, "the places of the shards are not as many as were planned"),
+        (edit(lambda written, given: given.update(version=2)), "it is of rank 1 and of version 2"),
+        (edit(lambda written, given: given.update(rank=0)), "it is of rank 0 and of version 1"),
+        (edit(lambda written, given: given.update(manifest="{}")), "ValueError: its format_version is None"),
+        (edit(lambda written, given: given.pop("manifest")), "KeyError: 'manifest'"),
+        (edit(lambda written, given: written.update(files=7)), "what rank 1 has left cannot be read: TypeError"),
+        (edit(lambda written, given: written["files"][0].__setitem__(0, "../x")), "'../x' leaves the checkpoint"),
+        (edit(lambda written, given: written["files"][0].__setitem__(1, -1)), "is -1"),
+        (edit(lambda written, given: written.update(checksum="none")), "what rank 1 has left cannot be read"),
+        (edit(with_manifest(world_size=10**20), 0, 1), "nothing was heard of"),
+        (edit(with_manifest(world_size=0), 0, 1), "nothing was heard of"),
+        (edit(with_manifest(start=7)), "rank 1 has left another save than rank 0"),
+        (edit(with_manifest(checkpoint_format="evil.Strategy"), 0, 1), "'evil.Strategy' cannot be completed"),
+        (edit(with_manifest(checkpoint_format="zarr"), 0, 1), "'zarr' cannot be completed"),
     ],
 )
 def test_what_does_not_make_up_a_whole_is_removed(
@@ -210,20 +269,99 @@ def test_it_never_takes_the_place_of_a_checkpoint(save_dir: Path) -> None:
     assert list_checkpoints(save_dir).leftovers == ()
 
 
-def test_trackers_that_somebody_has_moved_since_stay(save_dir: Path) -> None:
-    os.utime(save_dir / "latest_checkpointed_iteration.txt")
+def test_trackers_that_somebody_has_moved_since_stay(save_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (save_dir / "latest_checkpointed_iteration.txt").write_text("0")
     recovery.recover(save_dir)
     assert published(save_dir) == ((1, 2), 1)
+    assert "the trackers stay where they are: they were moved after iter_0000002 was saved" in caplog.text
 
 
 def test_one_that_was_sealed_before_the_next_crash_is_published_with_its_trackers(save_dir: Path) -> None:
-    staging = staging_in(save_dir)
-    bequests = {path.name: path.read_bytes() for path in staging.glob(f"{BEQUEST_PREFIX}*")}
-    assert inheritance.inherit(staging)
-    for name, content in bequests.items():
-        (staging / name).write_bytes(content)
+    assert inheritance.inherit(staging_in(save_dir))
     recovery.recover(save_dir)
     assert published(save_dir) == ((1, 2), 2)
+
+
+def test_one_whose_manifest_is_cut_short_is_completed(save_dir: Path) -> None:
+    staging = staging_in(save_dir)
+    (staging / ".metadata").write_bytes(b"half")
+    (staging / "manifest.json").write_bytes(b"{")
+    recovery.recover(save_dir)
+    assert published(save_dir) == ((1, 2), 2)
+
+
+def test_of_two_the_newer_one_is_tracked(save_dir: Path) -> None:
+    later = Path(shutil.copytree(staging_in(save_dir), save_dir / ".saving-iter_0000003-00000000"))
+    (later / "common.pt").write_bytes((later / "common.pt").read_bytes())
+    edit(with_manifest(iteration=3), 0, 1)(later)
+    recovery.recover(save_dir)
+    listing = list_checkpoints(save_dir)
+    assert (listing.iterations, listing.leftovers) == ((1, 2, 3), ())
+    assert (save_dir / "latest_checkpointed_iteration.txt").read_text() == "3"
+
+
+def test_what_cannot_be_published_now_is_kept(save_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    staging = staging_in(save_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(inheritance, "sync_file", refuse)
+        recovery.recover(save_dir)
+    assert list_checkpoints(save_dir).leftovers == (staging.name,)
+    recovery.recover(save_dir)
+    assert published(save_dir) == ((1, 2), 2)
+
+
+def test_a_published_checkpoint_has_none_whoever_comes_first(tmp_path: Path) -> None:
+    staging = tmp_path / ".saving-iter_0000001-00000000"
+    staging.mkdir()
+    descriptor = os.open(staging, os.O_RDONLY)
+    late, early = Bequest(bequest_name(1), descriptor), Bequest(bequest_name(2), descriptor)
+    for each in (late, early):
+        each.complete({"files": []}, b"")
+    early.leave()
+    assert [path.name for path in staging.iterdir()] == [".bequest-2"]
+    final = commit.publish(staging, 1)
+    late.show_life()
+    late.leave()
+    for each in (late, early):
+        each.close()
+    assert [*final.iterdir()] == []
+
+
+def test_a_sign_of_life_takes_nothing_away_that_has_been_left(tmp_path: Path) -> None:
+    staging = tmp_path / ".saving-iter_0000001-00000000"
+    staging.mkdir()
+    bequest = Bequest(bequest_name(0), os.open(staging, os.O_RDONLY))
+    bequest.show_life()
+    assert (staging / bequest_name(0)).stat().st_size == 0
+    bequest.complete({"files": []}, b"content")
+    stop = threading.Event()
+
+    def show() -> None:
+        while not stop.is_set():
+            bequest.show_life()
+
+    watch = threading.Thread(target=show)
+    watch.start()
+    bequest.leave()
+    time.sleep(0.05)
+    stop.set()
+    watch.join()
+    bequest.close()
+    assert (staging / bequest_name(0)).read_bytes().endswith(b"content")
+    assert [path.name for path in staging.iterdir()] == [bequest_name(0)]
+
+
+def test_a_sign_of_life_of_a_save_that_failed_is_taken_away(tmp_path: Path) -> None:
+    staging = tmp_path / ".saving-iter_0000001-00000000"
+    staging.mkdir()
+    bequest = Bequest(bequest_name(0), os.open(staging, os.O_RDONLY))
+    bequest.show_life()
+    bequest.leave()
+    bequest.close()
+    assert [*staging.iterdir()] == []
 
 
 def test_repair_says_so_and_does_it(save_dir: Path) -> None:
@@ -244,10 +382,10 @@ def test_nothing_is_left_of_a_save_that_was_published(left: Path) -> None:
 
 def test_a_damaged_plan_takes_no_memory(save_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = staging_in(save_dir) / bequest_name(0)
-    content = bytearray(file.read_bytes())
-    at = content.index(b"BRIDGEMD")
-    content[at + 8 : at + 16] = (1 << 60).to_bytes(8, "little")
-    file.write_bytes(content)
+    payload = bytearray(file.read_bytes().split(b"\n", 3)[3])
+    at = payload.index(b"BRIDGEMD")
+    payload[at + 8 : at + 16] = (1 << 60).to_bytes(8, "little")
+    rewrite(file, lambda *_: None, bytes(payload))
     with caplog.at_level(logging.WARNING):
         recovery.recover(save_dir)
     assert published(save_dir) == ((1,), 1)

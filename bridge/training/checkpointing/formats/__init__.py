@@ -36,9 +36,9 @@ class PayloadWrite:
     """What `write` writes, where it can also be copied and written by another process."""
     seconds: float = 0.0
     """For which this rank has written already, while it planned."""
-    bequest: Callable[[Any], bytes] | None = None
+    bequest: Callable[[Any], bytes | None] | None = None
     """Makes of this rank's result what `Format.inherit` needs of it, where the files are written and nobody is left to
-    call `finish`; None where the format cannot do without."""
+    call `finish`; None where the format cannot do without, or cannot yet."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import logging
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 
 _PLACES = struct.Struct("<QQ")
+_AT_ONCE = 100_000
+"""Shards that take a tenth of a second to be written down."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Places:
 
     def columns(self) -> tuple[Ints, Ints]:
         """Where each record begins, and how long it is."""
-        columns = np.frombuffer(zlib.decompress(self.packed), np.int64).reshape(2, self.count)
+        unpacked = zlib.decompressobj().decompress(self.packed, 16 * self.count + 1)  # never more memory than that
+        columns = np.frombuffer(unpacked, np.int64).reshape(2, self.count)
         return np.cumsum(columns[0]), columns[1]
 
     def to_bytes(self) -> bytes:
@@ -143,13 +147,24 @@ class Plan:
             raise CheckpointSaveError("the plan is not whole on this rank; only rank 0 can finish a save")
         return write_both(placed(self.whole, [part.columns() for part in places]), directory)
 
-    def bequest(self, places: Places) -> bytes:
-        """What `inherit` needs of this rank: its places, and on rank 0 what all ranks write."""
-        return places.to_bytes() + self._whole_bytes
+    def bequest(self, places: Places) -> bytes | None:
+        """What `inherit` needs of this rank: its places, and on rank 0 what all ranks write.
+
+        None while that is still being made: for so many shards it takes longer than training should wait.
+        """
+        if self.whole is None:
+            return places.to_bytes()
+        if len(self.whole) > _AT_ONCE and not self._whole_bytes.done():
+            return None
+        return places.to_bytes() + self._whole_bytes.result()
 
     @cached_property
-    def _whole_bytes(self) -> bytes:
-        return b"" if self.whole is None else self.whole.planned_bytes()
+    def _whole_bytes(self) -> Future[bytes]:
+        assert self.whole is not None  # noqa: S101  (asked for on rank 0)
+        with_thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-plan")
+        future = with_thread.submit(self.whole.planned_bytes)
+        with_thread.shutdown(wait=False)
+        return future
 
 
 def inherit(directory: Path, bequests: Sequence[bytes]) -> list[str]:
@@ -166,8 +181,12 @@ def inherit(directory: Path, bequests: Sequence[bytes]) -> list[str]:
         ValueError: they do not belong together.
     """
     parts = [Places.from_bytes(data) for data in bequests]
+    planned = StoredTable.from_planned_bytes(parts[0][1])
+    counts = np.bincount(planned.rank, minlength=len(parts)).tolist()
+    if counts != [places.count for places, _ in parts]:
+        raise ValueError("the places of the shards are not as many as were planned")
     try:
-        table = placed(StoredTable.from_planned_bytes(parts[0][1]), [places.columns() for places, _ in parts])
+        table = placed(planned, [places.columns() for places, _ in parts])
     except (CheckpointSaveError, zlib.error) as error:
         raise ValueError(f"the places of the shards do not fit the plan: {error}") from error
     return write_both(table, directory)

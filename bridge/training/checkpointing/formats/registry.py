@@ -54,6 +54,11 @@ def format_to_read(backend: str) -> Format:
     return found
 
 
+def format_of_this_version(name: str) -> Format | None:
+    """A format by its name; None if this version has none of that name. Nothing that users have made is looked for."""
+    return _of_this_version(name)
+
+
 def _of_this_version(name: str) -> Format | None:
     return import_module(f"{_PACKAGE}.{_MODULES[name]}").FORMAT if name in _MODULES else None
 

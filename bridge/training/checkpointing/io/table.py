@@ -37,8 +37,10 @@ _DIMENSIONS = 64
 _SMALLEST_ENTRY = 16
 """Bytes that `.metadata` needs for a shard at the least. It bounds what the compact file can make of memory."""
 _LARGEST_HEADER = 1 << 26
-_LARGEST_PLAN = 1 << 34
+_LARGEST_PLAN = 1 << 31
 """Bytes of the `.metadata` that can be made of a plan."""
+_PLAN_SHARE = 1 << 10
+"""Bytes of it for each of the plan's, at the most."""
 LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
 
 
@@ -184,7 +186,7 @@ class StoredTable:
         Raises:
             ValueError: it is something else.
         """
-        return cls._parsed(data, b"", _LARGEST_PLAN)
+        return cls._parsed(data, b"", min(_LARGEST_PLAN, _PLAN_SHARE * len(data)))
 
     @classmethod
     def from_bytes(cls, data: bytes, metadata: bytes) -> StoredTable:

@@ -26,7 +26,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Thread
 from typing import Any
 
 from zlib_ng.zlib_ng import crc32
@@ -52,7 +52,10 @@ CLOSING = {"then": "closing"}
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 _LENGTH = struct.Struct("<Q")
 _DESCRIPTORS = 3
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 0.2
+_SHOW_SECONDS = 1.0
+_STUCK_SECONDS = 60.0
+"""Without progress, after which nobody is to wait for this process any more."""
 _FOR_THE_JOB = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -121,8 +124,10 @@ def _serve_all(connection: socket.socket, trainer: _Trainer) -> None:
                 _serve(connection, request, descriptors, memory, trainer)
             elif request == LEAVE:
                 trainer.leaves()
-            elif not (request == CLOSING and trainer.is_gone):
+            elif request == SETTLED or not trainer.is_gone:
                 trainer.settles()
+            if request == CLOSING:
+                return
         finally:
             for one in descriptors:
                 os.close(one)
@@ -149,7 +154,8 @@ class _Trainer:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._bequest: Bequest | None = None
-        self._lock = Lock()
+        self._looked = 0.0
+        """When the writing last went on, by the monotonic clock."""
 
     @property
     def is_gone(self) -> bool:
@@ -158,34 +164,46 @@ class _Trainer:
     def begins(self, bequest: Bequest | None) -> None:
         """A save begins, so the one before is settled."""
         self.settles()
+        self._looked = time.monotonic()
         self._bequest = bequest
 
     def settles(self) -> None:
         """The last save needs nobody any more."""
-        with self._lock:
-            bequest, self._bequest = self._bequest, None
-            if bequest is not None:
-                bequest.close()
+        bequest, self._bequest = self._bequest, None
+        if bequest is not None:
+            bequest.close()
 
     def leaves(self) -> None:
         """Leave the last save to the next start, if it was written to its end and is not settled."""
         if self._bequest is not None:
-            with contextlib.suppress(OSError):  # the next start then finds that there is none
-                self._bequest.leave()
+            self._bequest.leave()
         self.settles()
 
     def look(self) -> None:
-        """End this process, without waiting for anything, if its trainer is gone and has left nothing."""
+        """The writing goes on. It ends here, with this process, if the trainer is gone and has left nothing."""
+        self._looked = time.monotonic()
         if self.is_gone and self._bequest is None:
             os._exit(1)
 
     def watch(self) -> None:
-        """Once the trainer is gone, show that what it has left is being written, however long storage takes."""
-        while True:
+        """Once the trainer is gone, show that what it has left is being written, as long as storage takes it."""
+        while not self.is_gone:
             time.sleep(_LOOK_SECONDS)
-            with self._lock:
-                if self.is_gone and self._bequest is not None:
-                    self._bequest.show_life()
+        _be_silent()
+        while True:
+            bequest = self._bequest
+            if bequest is not None and time.monotonic() - self._looked < _STUCK_SECONDS:
+                bequest.show_life()
+            time.sleep(_SHOW_SECONDS)
+
+
+def _be_silent() -> None:
+    """Nobody who waits for the end of the trainer's output shall wait for this process."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def _serve(
@@ -204,7 +222,8 @@ def _serve(
             reply = _told(error, request["directory"])
             if again:
                 reply["wait"] = waits.pop(0)
-            send(connection, reply)
+            with contextlib.suppress(OSError) if bequest is not None else contextlib.nullcontext():
+                send(connection, reply)  # to a trainer that may be gone, and then it is all the same tried again
             if not again:
                 return
             time.sleep(reply["wait"])
