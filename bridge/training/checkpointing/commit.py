@@ -137,12 +137,12 @@ def move_trackers(save_dir: Path, iteration: int, train_state: bytes) -> None:
 
 
 def digest_of_trackers(save_dir: Path) -> str:
-    """Another one whenever a tracker is moved."""
+    """Another one whenever a tracker is moved. What cannot be read counts as absent."""
     found = sha256()
     for name in (TRACKER, LEGACY_TRACKER):
         try:
             content = (save_dir / name).read_bytes()
-        except FileNotFoundError:
+        except OSError:
             content = b""
         found.update(len(content).to_bytes(8, "little") + content)
     return found.hexdigest()

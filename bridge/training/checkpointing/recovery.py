@@ -106,14 +106,17 @@ def _track(save_dir: Path, published: Mapping[str, str | None]) -> None:
         save_dir: the directory of checkpoints.
         published: names of checkpoints that were published for it, and what it has left of the trackers; None: nothing.
     """
-    now = commit.digest_of_trackers(save_dir)
     left = [name for name, then in published.items() if then is not None]
     if not left:
         return
+    now = commit.digest_of_trackers(save_dir)
     saved = [read_manifest(save_dir / name) for name in left if published[name] == now]
     if newest := max((each for each in saved if each is not None), key=lambda m: (m.start, m.iteration), default=None):
         train_state = save_dir / iteration_name(newest.iteration) / TRAIN_STATE
-        commit.move_trackers(save_dir, newest.iteration, train_state.read_bytes())
+        try:
+            commit.move_trackers(save_dir, newest.iteration, train_state.read_bytes())
+        except OSError as error:
+            logger.warning("the trackers stay where they are: they cannot be moved: %s", error)
     else:
         logger.warning("the trackers stay where they are: they were moved after %s was saved", ", ".join(left))
 

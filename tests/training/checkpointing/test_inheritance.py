@@ -276,6 +276,19 @@ def test_trackers_that_somebody_has_moved_since_stay(save_dir: Path, caplog: pyt
     assert "the trackers stay where they are: they were moved after iter_0000002 was saved" in caplog.text
 
 
+def test_a_tracker_that_cannot_be_moved_stops_nothing(save_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def then(written: dict[str, Any], given: dict[str, Any]) -> None:
+        given["trackers"] = commit.digest_of_trackers(save_dir)
+
+    (save_dir / "latest_train_state.pt").unlink()
+    (save_dir / "latest_train_state.pt").mkdir()
+    edit(then, 0)(staging_in(save_dir))
+    recovery.recover(save_dir)
+    listing = list_checkpoints(save_dir)
+    assert (listing.iterations, listing.leftovers) == ((1, 2), (".latest_train_state.pt.bridge-tmp",))
+    assert "they cannot be moved" in caplog.text
+
+
 def test_one_that_was_sealed_before_the_next_crash_is_published_with_its_trackers(save_dir: Path) -> None:
     assert inheritance.inherit(staging_in(save_dir))
     recovery.recover(save_dir)
