@@ -177,7 +177,6 @@ def damage_in(save: Path) -> list[str]:
             problems.append(f"{path.name} has no manifest")
         else:
             problems += [f"{path.name}: {found}" for found in find_damage(path, manifest.files, checksums=True)]
-        problems += [f"{path.name} has {left.name}" for left in path.glob(f"{BEQUEST_PREFIX}*")]
     if (tracked := tracked_by(save)) is not None and tracked not in listing.iterations:
         problems.append(f"the tracker names {tracked} and there are {listing.iterations}")
     return problems
@@ -195,6 +194,7 @@ def tracked_by(save: Path) -> int | None:
 def _left(situation: Situation, save: Path, end: int) -> list[str]:
     names = sorted(entry.name for entry in save.iterdir())
     problems = [f"{name} is left after the next save" for name in names if is_leftover(name)]
+    problems += [f"{path.relative_to(save)} is left" for path in save.glob(f"*/{BEQUEST_PREFIX}*")]
     listing = list_checkpoints(save)
     if listing.foreign:
         problems.append(f"foreign names: {listing.foreign}")

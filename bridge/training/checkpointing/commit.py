@@ -150,11 +150,11 @@ def digest_of_trackers(save_dir: Path) -> str:
 
 def remove_bequests(directory: Path) -> None:
     """Remove what writers have left for a save that is published now, or about to be. Trouble is only logged."""
-    for path in directory.glob(f"{BEQUEST_PREFIX}*"):
-        try:
+    try:
+        for path in directory.glob(f"{BEQUEST_PREFIX}*"):
             path.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("could not delete %s: %s", path, error)
+    except OSError as error:
+        logger.warning("could not delete what writers have left in %s: %s", directory, error)
 
 
 def abandon(staging: Path) -> None:

@@ -7,6 +7,7 @@ save, so the next start can seal it. If one is missing, nothing comes of the oth
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -32,10 +33,16 @@ _PATIENCE_SECONDS = 20.0
 """For which nothing may be heard of any writer that is still at it. Each of them shows every second that it lives."""
 _NOTICE_SECONDS = 5.0
 """For which nothing may be heard where the writers that have shown themselves are done: the others have nothing."""
-_LONGEST_SECONDS = 1800.0
+_FIRST_SIGN_SECONDS = 1.0
+"""For which the first sign is waited for: a writer looks for its trainer ten times a second, and this start may have
+come at the very moment in which that died."""
+_LONGEST_SECONDS = 600.0
 """For which writers are waited for at all."""
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 0.1
 _TELL_SECONDS = 10.0
+_NOT_THERE = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO}
+_OF_THE_DIRECTORY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP}
+"""Errors that will be the same at the next start."""
 _MOST_RANKS = 1 << 20
 _LARGEST = 1 << 28
 """Bytes of a file that a writer leaves; that of 16,384 ranks takes 6 MB."""
@@ -64,6 +71,8 @@ class _Part:
 
     manifest: Manifest
     """With the files of this rank."""
+    checksum: str
+    """The kind of its files' checksums."""
     trackers: str
     payload: bytes
 
@@ -84,35 +93,38 @@ class _Heard:
         return self.world_size is not None and len(self.done) == self.world_size
 
     def listen(self) -> None:
-        """Look again. What cannot be read counts as absent."""
+        """Look again.
+
+        Raises:
+            OSError: storage does not say whether there is something.
+        """
         for rank in self._ranks() - self.done:
             found = self._status(rank)
-            if found is None:
-                self.writing.pop(rank, None)
-            elif not found.st_size:
-                self.writing[rank] = found.st_mtime_ns
-            else:
-                self.writing.pop(rank, None)
+            self.writing.pop(rank, None)
+            if found is not None and found.st_size:
                 self.done.add(rank)
-                self._learn(rank)
-        if self.world_size is not None:
-            self.done = {rank for rank in self.done if rank < self.world_size}
+            elif found is not None:
+                self.writing[rank] = found.st_mtime_ns
+        for rank in sorted(self.done) if self.world_size is None else ():
+            self._learn(rank)
+        if (ranks := self.world_size) is not None:
+            self.done = {rank for rank in self.done if rank < ranks}
+            self.writing = {rank: at for rank, at in self.writing.items() if rank < ranks}
 
     def _ranks(self) -> set[int]:
         if self.world_size is not None:  # asked for by name, because a listing may be an old one
             return set(range(self.world_size))
-        try:
-            names = [entry.name.removeprefix(BEQUEST_PREFIX) for entry in self.staging.glob(f"{BEQUEST_PREFIX}*")]
-        except OSError:
-            return set()
+        names = [entry.name.removeprefix(BEQUEST_PREFIX) for entry in self.staging.glob(f"{BEQUEST_PREFIX}*")]
         return {int(name) for name in names if name.isdecimal() and len(name) < 10}
 
     def _status(self, rank: int) -> os.stat_result | None:
         try:
             # Opened, because a network file system then asks for what is really there.
             descriptor = os.open(self.staging / bequest_name(rank), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
-            return None
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return None
+            raise
         try:
             found = os.fstat(descriptor)
         finally:
@@ -120,11 +132,9 @@ class _Heard:
         return found if stat.S_ISREG(found.st_mode) else None
 
     def _learn(self, rank: int) -> None:
-        if self.world_size is not None:
-            return
         try:
             world_size = _read(self.staging, rank).manifest.world_size
-        except (_NoPartError, OSError):
+        except _NoPartError:
             return
         if 0 < world_size <= _MOST_RANKS:
             self.world_size = world_size
@@ -133,9 +143,22 @@ class _Heard:
 def is_complete(staging: Path) -> bool:
     """Whether the writers of all ranks have left word that they are done. Nothing is changed, and nothing raised."""
     heard = _Heard(staging)
-    heard.listen()
-    heard.listen()  # by name, now that it is known how many there are
+    try:
+        heard.listen()
+        heard.listen()  # by name, now that it is known how many there are
+    except OSError:
+        return False
     return heard.is_complete
+
+
+def shows_life(staging: Path) -> bool:
+    """Whether a writer has said that it is still at it, or is done. Nothing is changed, and nothing raised."""
+    heard = _Heard(staging)
+    try:
+        heard.listen()
+    except OSError:
+        return False
+    return bool(heard.done or heard.writing)
 
 
 def trackers_then(staging: Path) -> str | None:
@@ -162,6 +185,11 @@ def inherit(staging: Path) -> bool:
     try:
         manifest = _complete(staging)
         seal(staging, manifest)
+    except OSError as error:
+        if error.errno not in _OF_THE_DIRECTORY:
+            raise
+        logger.warning("%s cannot be completed: %s", staging, error)
+        return False
     except (_NoPartError, CheckpointError, ValueError, OverflowError, MemoryError) as error:
         logger.warning("%s cannot be completed: %s", staging, error or type(error).__name__)
         return False
@@ -179,8 +207,9 @@ def _await_writers(staging: Path) -> bool:
         if heard.is_complete:
             return True
         if not heard.done and not heard.writing:
-            return False
-        if (found := (set(heard.done), dict(heard.writing))) != before:
+            if now - begun > _FIRST_SIGN_SECONDS:
+                return False
+        elif (found := (set(heard.done), dict(heard.writing))) != before:
             before, since = found, now
         silent = now - since
         if silent > (_PATIENCE_SECONDS if heard.writing else _NOTICE_SECONDS) or now - begun > _LONGEST_SECONDS:
@@ -226,7 +255,7 @@ def _parsed(data: bytes, rank: int) -> _Part:
     records = tuple(FileRecord(name, size, checksum, kind, sample) for name, size, checksum, sample in files["files"])
     # Parsed once more with these files: that checks their names, sizes and checksums.
     manifest = Manifest.from_json(replace(Manifest.from_json(content["manifest"]), files=records).to_json())
-    return _Part(manifest, str(content["trackers"]), payload)
+    return _Part(manifest, str(kind), str(content["trackers"]), payload)
 
 
 def _complete(staging: Path) -> Manifest:
@@ -241,10 +270,11 @@ def _complete(staging: Path) -> Manifest:
 
     first = _read(staging, 0).manifest
     parts = [_read(staging, rank) for rank in range(first.world_size)]
+    checksum = parts[0].checksum
     if iteration_name(first.iteration) != staged_name(staging.name):
         raise _NoPartError(f"rank 0 has left iteration {first.iteration}")
     for rank, part in enumerate(parts):
-        if _save_of(part.manifest) != _save_of(first):
+        if _save_of(part.manifest) != _save_of(first) or part.checksum != checksum:
             raise _NoPartError(f"rank {rank} has left another save than rank 0")
     form = format_of_this_version(first.checkpoint_format)
     if form is None or form.inherit is None:
@@ -253,7 +283,7 @@ def _complete(staging: Path) -> Manifest:
     for name in names:
         sync_file(staging / name)
     records = [record for part in parts for record in part.manifest.files]
-    records += describe_files(staging, names, first.checksum)
+    records += describe_files(staging, names, checksum)
     if len({record.name for record in records}) != len(records):
         raise _NoPartError("two ranks have written one file")
     metrics: dict[str, float] = {}
@@ -264,4 +294,4 @@ def _complete(staging: Path) -> Manifest:
 
 
 def _save_of(manifest: Manifest) -> tuple[object, ...]:
-    return manifest.iteration, manifest.checkpoint_format, manifest.world_size, manifest.start, manifest.checksum
+    return manifest.iteration, manifest.checkpoint_format, manifest.world_size, manifest.start

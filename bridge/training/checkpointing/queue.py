@@ -123,8 +123,9 @@ class SaveQueue:
         if awaited:
             try:
                 Ranks.current().run(f"starting {name}", lambda: None)
-            except BaseException:
-                if call is not None:
+            except BaseException as error:
+                is_left = isinstance(error, RankLostError) and call is not None and call.leave()
+                if call is not None and not is_left:
                     with _logging_trouble(f"ending {name}"):
                         call.kill()
                 raise
@@ -163,8 +164,9 @@ class SaveQueue:
             except BaseException as error:
                 if head.failed is not None:
                     head.failed(error)
-                is_left = isinstance(error, RankLostError) and _leave(head)
-                if head.abandon is not None and not is_left:
+                if isinstance(error, RankLostError):
+                    _leave(head)
+                if head.abandon is not None:
                     head.abandon()
                 if not isinstance(error, CheckpointError) or isinstance(error, RankLostError):
                     raise

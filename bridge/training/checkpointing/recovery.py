@@ -15,7 +15,13 @@ from bridge.training.checkpointing import commit, inheritance, ownership
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
 from bridge.training.checkpointing.files import move_to_trash, sync_directory
 from bridge.training.checkpointing.integrity import find_damage, read_manifest
-from bridge.training.checkpointing.layout import TRAIN_STATE, iteration_name, list_checkpoints, staged_name
+from bridge.training.checkpointing.layout import (
+    TRAIN_STATE,
+    bequest_name,
+    iteration_name,
+    list_checkpoints,
+    staged_name,
+)
 from bridge.training.checkpointing.retention.trash import trash_of
 
 logger = logging.getLogger(__name__)
@@ -55,7 +61,7 @@ def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) 
         logger.warning("%s holds %d unfinished things of %s", save_dir, len(leftovers), whose)
     kept = _inherit(save_dir, leftovers)
     sealed = unpublished(save_dir)
-    published: dict[str, str | None] = {}
+    published = _not_tracked_yet(save_dir)
     for name in leftovers:
         path = save_dir / name
         target = staged_name(name)
@@ -65,7 +71,6 @@ def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) 
             published[target] = inheritance.trackers_then(path)
             path.rename(save_dir / target)
             sync_directory(save_dir)
-            commit.remove_bequests(save_dir / target)
             logger.warning("published %s, which a crash had left complete as %s", target, name)
         elif target is not None:
             logger.warning("removing %s: a save that did not finish", path)
@@ -99,16 +104,22 @@ def _inherit(save_dir: Path, leftovers: Sequence[str]) -> set[str]:
     return kept
 
 
+def _not_tracked_yet(save_dir: Path) -> dict[str, str | None]:
+    """Checkpoints that an earlier start has published for a run that died, before it could move the trackers."""
+    paths = (save_dir / iteration_name(iteration) for iteration in list_checkpoints(save_dir).iterations)
+    return {path.name: inheritance.trackers_then(path) for path in paths if (path / bequest_name(0)).exists()}
+
+
 def _track(save_dir: Path, published: Mapping[str, str | None]) -> None:
     """Move the trackers as the run that died would have done, unless somebody has moved them since.
+
+    What writers have left is removed last: it is what the next start goes by if this one is cut short.
 
     Args:
         save_dir: the directory of checkpoints.
         published: names of checkpoints that were published for it, and what it has left of the trackers; None: nothing.
     """
     left = [name for name, then in published.items() if then is not None]
-    if not left:
-        return
     now = commit.digest_of_trackers(save_dir)
     saved = [read_manifest(save_dir / name) for name in left if published[name] == now]
     if newest := max((each for each in saved if each is not None), key=lambda m: (m.start, m.iteration), default=None):
@@ -116,9 +127,12 @@ def _track(save_dir: Path, published: Mapping[str, str | None]) -> None:
         try:
             commit.move_trackers(save_dir, newest.iteration, train_state.read_bytes())
         except OSError as error:
-            logger.warning("the trackers stay where they are: they cannot be moved: %s", error)
-    else:
+            logger.warning("the trackers stay where they are until the next start: they cannot be moved: %s", error)
+            return
+    elif left:
         logger.warning("the trackers stay where they are: they were moved after %s was saved", ", ".join(left))
+    for name in published:
+        commit.remove_bequests(save_dir / name)
 
 
 def recover_once(

@@ -212,8 +212,11 @@ class Save:
     ) -> BackgroundCall | None:
         small = [(sidecar.name, sidecar.data) for sidecar in (*self.payload.sidecars, *self.sidecars)]
         result, metrics = direct.result(), self.metrics
-        left = None if self.payload.bequest is None else self.payload.bequest(result)
-        bequest = None if left is None else self._bequest(left)
+        try:
+            bequest = self._bequest(result)
+        except Exception:  # the save can do without
+            logger.warning("%s is lost if the trainers die before it is published", name, exc_info=True)
+            bequest = None
         self._writing = writer.write(
             Files(direct.images, small, self.staging, self.checksum, bequest),
             name,
@@ -222,7 +225,10 @@ class Save:
         )
         return self._writing
 
-    def _bequest(self, payload: bytes) -> tuple[str, bytes]:
+    def _bequest(self, result: Any) -> tuple[str, bytes] | None:
+        payload = None if self.payload.bequest is None else self.payload.bequest(result)
+        if payload is None:
+            return None
         ranks = Ranks.current()
         world_size = ranks.size if self.world_size is None else self.world_size
         manifest = self._manifest([], world_size, self.metrics)
@@ -249,7 +255,9 @@ class Save:
             self._writing.settle()
 
     def abandon(self) -> None:
-        """Remove what a failed save has written."""
+        """Remove what a failed save has written, unless it is left to the next start."""
+        if self._writing is not None and self._writing.is_left:
+            return
         self._settle()
         if Ranks.current().is_first:
             commit.abandon(self.staging)

@@ -28,7 +28,8 @@ from bridge.training.checkpointing import commit, inheritance, recovery
 from bridge.training.checkpointing.catalog.listing import list_all
 from bridge.training.checkpointing.catalog.repairing import plan_repairs, repair
 from bridge.training.checkpointing.contents.train_state import read_train_state
-from bridge.training.checkpointing.integrity import Manifest, find_damage, read_manifest
+from bridge.training.checkpointing.formats.planning import Places
+from bridge.training.checkpointing.integrity import FileRecord, Manifest, find_damage, read_manifest
 from bridge.training.checkpointing.io.bequest import Bequest
 from bridge.training.checkpointing.layout import BEQUEST_PREFIX, bequest_name, list_checkpoints
 from bridge.training.checkpointing.queue import queue_of
@@ -184,109 +185,16 @@ def make_a_link(staging: Path) -> None:
     file.symlink_to(staging.parent / "elsewhere")
 
 
-def make_it_huge(staging: Path) -> None:
-    os.truncate(staging / bequest_name(1), 1 << 36)
-
-
-def flip_a_digit(staging: Path) -> None:
+def lead_beyond_the_end(staging: Path) -> None:
     file = staging / bequest_name(1)
-    data = file.read_bytes()
-    at = data.index(b'"files"') + 40
-    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    payload = file.read_bytes().split(b"\n", 3)[3]
+    places, _ = Places.from_bytes(payload)
+    at, length = places.columns()
+    rewrite(file, lambda *_: None, Places.of(at + 10**15, length).to_bytes())
 
 
-def make_a_bomb(staging: Path) -> None:
-    """Places that say they are many more bytes than the plan has shards for."""
-    packed = zlib.compress(bytes(1 << 26))
-    rewrite(staging / bequest_name(1), lambda *_: None, struct.pack("<QQ", len(packed), 1 << 22) + packed)
-
-
-def cut(rank: int, size: int) -> Callable[[Path], None]:
-    def apply(staging: Path) -> None:
-        file = staging / bequest_name(rank)
-        file.write_bytes(file.read_bytes()[:size])
-
-    return apply
-
-
-def of_iteration_three(staging: Path) -> None:
-    staging.rename(staging.with_name(staging.name.replace("iter_0000002", "iter_0000003")))
-
-
-def swap(staging: Path) -> None:
-    """The places of rank 1 are then not as many as were planned for it, or no file of rank 0 is accounted for."""
-    shutil.copyfile(staging / bequest_name(0), staging / bequest_name(1))
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (keep_only_zero, "nothing was heard of the other ranks' writers"),
-        (stay_silent, "nothing was heard of the other ranks' writers"),
-        (lose_bytes, "__1_0.distcp has "),
-        (add_a_file, "stray was written by nobody"),
-        (of_iteration_three, "rank 0 has left iteration 2"),
-        (swap, "it is of rank 0 and of version 1"),
-        (cut(1, -1), "it is damaged"),
-        (cut(0, -9), "it is damaged"),
-        (cut(0, 10), "cannot be completed"),
-        (cut(1, 10), "cannot be completed"),
-        (flip_a_digit, "it is damaged"),
-        (make_a_pipe, "nothing was heard of the other ranks' writers"),
-        (make_a_link, "nothing was heard of the other ranks' writers"),
-        (make_it_huge, "no file of a size that makes sense"),
-        (make_a_bomb, "the places of the shards are not as many as were planned"),
-        (edit(lambda written, given: given.update(version=2)), "it is of rank 1 and of version 2"),
-        (edit(lambda written, given: given.update(rank=0)), "it is of rank 0 and of version 1"),
-        (edit(lambda written, given: given.update(manifest="{}")), "ValueError: its format_version is None"),
-        (edit(lambda written, given: given.pop("manifest")), "KeyError: 'manifest'"),
-        (edit(lambda written, given: written.update(files=7)), "what rank 1 has left cannot be read: TypeError"),
-        (edit(lambda written, given: written["files"][0].__setitem__(0, "../x")), "'../x' leaves the checkpoint"),
-        (edit(lambda written, given: written["files"][0].__setitem__(1, -1)), "is -1"),
-        (edit(lambda written, given: written.update(checksum="none")), "what rank 1 has left cannot be read"),
-        (edit(with_manifest(world_size=10**20), 0, 1), "nothing was heard of"),
-        (edit(with_manifest(world_size=0), 0, 1), "nothing was heard of"),
-        (edit(with_manifest(start=7)), "rank 1 has left another save than rank 0"),
-        (edit(with_manifest(checkpoint_format="evil.Strategy"), 0, 1), "'evil.Strategy' cannot be completed"),
-        (edit(with_manifest(checkpoint_format="zarr"), 0, 1), "'zarr' cannot be completed"),
-    ],
-)
-def test_what_does_not_make_up_a_whole_is_removed(
-    change: Callable[[Path], None], reason: str, save_dir: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    change(staging_in(save_dir))
-    recovery.recover(save_dir)
-    assert published(save_dir) == ((1,), 1)
-    assert reason in caplog.text
-    assert "a save that did not finish" in caplog.text
-
-
-def test_it_never_takes_the_place_of_a_checkpoint(save_dir: Path) -> None:
-    shutil.copytree(save_dir / "iter_0000001", save_dir / "iter_0000002")
-    before = (save_dir / "iter_0000002" / "manifest.json").read_bytes()
-    recovery.recover(save_dir)
-    assert (save_dir / "iter_0000002" / "manifest.json").read_bytes() == before
-    assert list_checkpoints(save_dir).leftovers == ()
-
-
-def test_trackers_that_somebody_has_moved_since_stay(save_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (save_dir / "latest_checkpointed_iteration.txt").write_text("0")
-    recovery.recover(save_dir)
-    assert published(save_dir) == ((1, 2), 1)
-    assert "the trackers stay where they are: they were moved after iter_0000002 was saved" in caplog.text
-
-
-def test_a_tracker_that_cannot_be_moved_stops_nothing(save_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def then(written: dict[str, Any], given: dict[str, Any]) -> None:
-        given["trackers"] = commit.digest_of_trackers(save_dir)
-
-    (save_dir / "latest_train_state.pt").unlink()
-    (save_dir / "latest_train_state.pt").mkdir()
-    edit(then, 0)(staging_in(save_dir))
-    recovery.recover(save_dir)
-    listing = list_checkpoints(save_dir)
-    assert (listing.iterations, listing.leftovers) == ((1, 2), (".latest_train_state.pt.bridge-tmp",))
-    assert "they cannot be moved" in caplog.text
+def put_a_directory_in_the_way(staging: Path) -> None:
+    (staging / ".metadata").mkdir()
 
 
 def test_one_that_was_sealed_before_the_next_crash_is_published_with_its_trackers(save_dir: Path) -> None:
@@ -403,3 +311,172 @@ def test_a_damaged_plan_takes_no_memory(save_dir: Path, caplog: pytest.LogCaptur
         recovery.recover(save_dir)
     assert published(save_dir) == ((1,), 1)
     assert "cut short or garbled" in caplog.text
+
+
+def make_it_huge(staging: Path) -> None:
+    os.truncate(staging / bequest_name(1), 1 << 36)
+
+
+def flip_a_digit(staging: Path) -> None:
+    file = staging / bequest_name(1)
+    data = file.read_bytes()
+    at = data.index(b'"files"') + 40
+    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+
+
+def make_a_bomb(staging: Path) -> None:
+    """Places that say they are many more bytes than the plan has shards for."""
+    packed = zlib.compress(bytes(1 << 26))
+    rewrite(staging / bequest_name(1), lambda *_: None, struct.pack("<QQ", len(packed), 1 << 22) + packed)
+
+
+def cut(rank: int, size: int) -> Callable[[Path], None]:
+    def apply(staging: Path) -> None:
+        file = staging / bequest_name(rank)
+        file.write_bytes(file.read_bytes()[:size])
+
+    return apply
+
+
+def of_iteration_three(staging: Path) -> None:
+    staging.rename(staging.with_name(staging.name.replace("iter_0000002", "iter_0000003")))
+
+
+def swap(staging: Path) -> None:
+    """The places of rank 1 are then not as many as were planned for it, or no file of rank 0 is accounted for."""
+    shutil.copyfile(staging / bequest_name(0), staging / bequest_name(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (keep_only_zero, "nothing was heard of the other ranks' writers"),
+        (stay_silent, "nothing was heard of the other ranks' writers"),
+        (lose_bytes, "a shard lies beyond the end of its file"),
+        (add_a_file, "stray was written by nobody"),
+        (of_iteration_three, "rank 0 has left iteration 2"),
+        (swap, "it is of rank 0 and of version 1"),
+        (cut(1, -1), "it is damaged"),
+        (cut(0, -9), "it is damaged"),
+        (cut(0, 10), "cannot be completed"),
+        (cut(1, 10), "cannot be completed"),
+        (flip_a_digit, "it is damaged"),
+        (make_a_pipe, "nothing was heard of the other ranks' writers"),
+        (make_a_link, "nothing was heard of the other ranks' writers"),
+        (lead_beyond_the_end, "a shard lies beyond the end of its file"),
+        (put_a_directory_in_the_way, "Is a directory"),
+        (make_it_huge, "no file of a size that makes sense"),
+        (make_a_bomb, "the places of the shards are not as many as were planned"),
+        (edit(lambda written, given: given.update(version=2)), "it is of rank 1 and of version 2"),
+        (edit(lambda written, given: given.update(rank=0)), "it is of rank 0 and of version 1"),
+        (edit(lambda written, given: given.update(manifest="{}")), "ValueError: its format_version is None"),
+        (edit(lambda written, given: given.pop("manifest")), "KeyError: 'manifest'"),
+        (edit(lambda written, given: written.update(files=7)), "what rank 1 has left cannot be read: TypeError"),
+        (edit(lambda written, given: written["files"][0].__setitem__(0, "../x")), "'../x' leaves the checkpoint"),
+        (edit(lambda written, given: written["files"][0].__setitem__(1, -1)), "is -1"),
+        (edit(lambda written, given: written.update(checksum="none")), "what rank 1 has left cannot be read"),
+        (edit(with_manifest(world_size=10**20), 0, 1), "nothing was heard of"),
+        (edit(with_manifest(world_size=0), 0, 1), "nothing was heard of"),
+        (edit(with_manifest(start=7)), "rank 1 has left another save than rank 0"),
+        (edit(with_manifest(checkpoint_format="evil.Strategy"), 0, 1), "'evil.Strategy' cannot be completed"),
+        (edit(with_manifest(checkpoint_format="zarr"), 0, 1), "'zarr' cannot be completed"),
+    ],
+)
+def test_what_does_not_make_up_a_whole_is_removed(
+    change: Callable[[Path], None], reason: str, save_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    change(staging_in(save_dir))
+    recovery.recover(save_dir)
+    assert published(save_dir) == ((1,), 1)
+    assert reason in caplog.text
+    assert "a save that did not finish" in caplog.text
+
+
+def test_it_never_takes_the_place_of_a_checkpoint(save_dir: Path) -> None:
+    shutil.copytree(save_dir / "iter_0000001", save_dir / "iter_0000002")
+    before = (save_dir / "iter_0000002" / "manifest.json").read_bytes()
+    recovery.recover(save_dir)
+    assert (save_dir / "iter_0000002" / "manifest.json").read_bytes() == before
+    assert list_checkpoints(save_dir).leftovers == ()
+
+
+def test_trackers_that_somebody_has_moved_since_stay(save_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (save_dir / "latest_checkpointed_iteration.txt").write_text("0")
+    recovery.recover(save_dir)
+    assert published(save_dir) == ((1, 2), 1)
+    assert "the trackers stay where they are: they were moved after iter_0000002 was saved" in caplog.text
+
+
+def test_a_tracker_that_cannot_be_moved_stops_nothing(save_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def then(written: dict[str, Any], given: dict[str, Any]) -> None:
+        given["trackers"] = commit.digest_of_trackers(save_dir)
+
+    (save_dir / "latest_train_state.pt").unlink()
+    (save_dir / "latest_train_state.pt").mkdir()
+    edit(then, 0)(staging_in(save_dir))
+    recovery.recover(save_dir)
+    listing = list_checkpoints(save_dir)
+    assert (listing.iterations, listing.leftovers) == ((1, 2), (".latest_train_state.pt.bridge-tmp",))
+    assert "they cannot be moved" in caplog.text
+    (save_dir / "latest_train_state.pt").rmdir()
+    recovery.recover(save_dir)  # what the first one has left leads the second
+    assert published(save_dir) == ((1, 2), 2)
+
+
+def test_the_next_start_moves_the_trackers_if_the_first_is_cut_short(save_dir: Path) -> None:
+    staging = staging_in(save_dir)
+    assert inheritance.inherit(staging)
+    staging.rename(save_dir / "iter_0000002")
+    recovery.recover(save_dir)
+    assert published(save_dir) == ((1, 2), 2)
+
+
+def test_a_first_sign_that_comes_late_is_waited_for(save_dir: Path) -> None:
+    staging = staging_in(save_dir)
+    bequests = {path: path.read_bytes() for path in staging.glob(f"{BEQUEST_PREFIX}*")}
+    for path in bequests:
+        path.unlink()
+
+    def leave() -> None:
+        time.sleep(0.4)
+        for path, content in bequests.items():
+            path.write_bytes(content)
+
+    writer = threading.Thread(target=leave)
+    writer.start()
+    recovery.recover(save_dir)
+    writer.join()
+    assert published(save_dir) == ((1, 2), 2)
+
+
+@pytest.mark.parametrize("checksum", ["crc32", "sha256"])
+def test_a_rank_that_has_written_no_file_knows_the_kind_of_checksum(checksum: str, save_dir: Path) -> None:
+    staging = staging_in(save_dir)
+
+    def other_kind(written: dict[str, Any], given: dict[str, Any]) -> None:
+        written["checksum"] = checksum
+        for entry in written["files"]:
+            record = FileRecord.of(staging, entry[0], checksum)
+            entry[:] = [record.name, record.size, record.checksum, record.sample]
+
+    def take(written: dict[str, Any], given: dict[str, Any]) -> None:
+        written["files"] += json.loads((staging / bequest_name(1)).read_bytes().split(b"\n", 2)[1])["files"]
+
+    edit(take, 0)(staging)
+    edit(lambda written, given: written.update(files=[]), 1)(staging)
+    edit(other_kind, 0, 1)(staging)
+    recovery.recover(save_dir)
+    assert published(save_dir) == ((1, 2), 2)
+
+
+def test_storage_that_does_not_answer_once_costs_nothing(save_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    staging = staging_in(save_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(inheritance, "_read", fail)
+        recovery.recover(save_dir)
+    assert list_checkpoints(save_dir).leftovers == (staging.name,)
+    recovery.recover(save_dir)
+    assert published(save_dir) == ((1, 2), 2)

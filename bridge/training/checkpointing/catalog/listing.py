@@ -88,7 +88,7 @@ def list_all(
     notes = [f"its tracker cannot be read: {catalog.tracker_problem}"] if catalog.tracker_problem else []
     notes += _of_unpublished(directory, unpublished)
     leftovers = tuple(name for name in catalog.leftovers if name not in unpublished)
-    outlived = completed_by_writers(directory)
+    outlived = {name: target for name, target in completed_by_writers(directory).items() if name in leftovers}
     leftovers = tuple(name for name in leftovers if name not in outlived)
     notes += [
         f"writers have completed {target} as {directory / name} after their run had died; the next run that saves here "

@@ -187,6 +187,9 @@ def _leftovers(directory: Path) -> Iterator[Repair]:
         elif target is not None and not (directory / target).exists() and inheritance.is_complete(path):
             reason = f"publish {target}, which writers have completed as {name} after their run had died"
             yield Repair("publish", path, reason)
+        elif target is not None and not (directory / target).exists() and inheritance.shows_life(path):
+            reason = f"publish {target}, or remove {name} if the writers that have outlived its run do not complete it"
+            yield Repair("publish", path, reason)
         elif target is not None:
             yield Repair("remove", path, f"remove {name}: a save that did not finish")
         else:

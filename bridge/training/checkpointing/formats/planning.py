@@ -154,15 +154,18 @@ class Plan:
         """
         if self.whole is None:
             return places.to_bytes()
-        if len(self.whole) > _AT_ONCE and not self._whole_bytes.done():
-            return None
-        return places.to_bytes() + self._whole_bytes.result()
+        if len(self.whole) <= _AT_ONCE:
+            return places.to_bytes() + self._whole_bytes
+        return places.to_bytes() + self._in_thread.result() if self._in_thread.done() else None
 
     @cached_property
-    def _whole_bytes(self) -> Future[bytes]:
-        assert self.whole is not None  # noqa: S101  (asked for on rank 0)
+    def _whole_bytes(self) -> bytes:
+        return b"" if self.whole is None else self.whole.planned_bytes()
+
+    @cached_property
+    def _in_thread(self) -> Future[bytes]:
         with_thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-plan")
-        future = with_thread.submit(self.whole.planned_bytes)
+        future = with_thread.submit(lambda: self._whole_bytes)
         with_thread.shutdown(wait=False)
         return future
 
@@ -189,6 +192,10 @@ def inherit(directory: Path, bequests: Sequence[bytes]) -> list[str]:
         table = placed(planned, [places.columns() for places, _ in parts])
     except (CheckpointSaveError, zlib.error) as error:
         raise ValueError(f"the places of the shards do not fit the plan: {error}") from error
+    sizes = np.array([(directory / name).stat().st_size for name in table.files], np.int64)
+    ends = np.where((table.at >= 0) & (table.length >= 0), table.at + table.length, -1)
+    if ((ends < table.at) | (ends > sizes[table.file])).any():
+        raise ValueError("a shard lies beyond the end of its file")
     return write_both(table, directory)
 
 

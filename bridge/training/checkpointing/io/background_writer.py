@@ -340,6 +340,8 @@ class Writing(Generic[T]):
         self.name = name
         self.pid = process.pid
         self._can_be_left = can_be_left
+        self.is_left = False
+        """Whether it was left to the next start."""
         self._writer = writer
         self._process = process
         self._connection = connection
@@ -380,7 +382,7 @@ class Writing(Generic[T]):
         if not self._can_be_left or self._error is not None or self._process.poll() is not None:
             return False
         _tell(self._connection, LEAVE)
-        self._can_be_left = False
+        self._can_be_left, self.is_left = False, True
         return True
 
     def poll(self, timeout: float | None = 0.0) -> bool:

@@ -52,9 +52,9 @@ CLOSING = {"then": "closing"}
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 _LENGTH = struct.Struct("<Q")
 _DESCRIPTORS = 3
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS = 0.1
 _SHOW_SECONDS = 1.0
-_STUCK_SECONDS = 60.0
+_STUCK_SECONDS = 300.0
 """Without progress, after which nobody is to wait for this process any more."""
 _FOR_THE_JOB = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -98,7 +98,7 @@ def main(descriptor: int, parent: int) -> None:
     connection = socket.socket(fileno=descriptor)
     trainer = _Trainer(parent)
     Thread(target=trainer.watch, daemon=True).start()
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, OSError, ValueError):
         _serve_all(connection, trainer)
     trainer.leaves()
 
@@ -107,7 +107,7 @@ def _serve_all(connection: socket.socket, trainer: _Trainer) -> None:
     """Write one save after the other.
 
     Raises:
-        EOFError, OSError: there is no trainer any more.
+        EOFError, OSError, ValueError: there is no trainer any more.
     """
     memory = _Memory()
     waiting = select.poll()
@@ -227,6 +227,7 @@ def _serve(
             if not again:
                 return
             time.sleep(reply["wait"])
+            trainer.look()
         else:
             seconds = time.monotonic() - begun
             if bequest is not None:
