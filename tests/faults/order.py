@@ -34,7 +34,8 @@ def violations(calls: Sequence[Call]) -> list[str]:
 
     - A file or directory is renamed to a name that counts when all its bytes and entries are synced.
     - The manifest is the last file of a checkpoint to be made.
-    - Trackers move when a checkpoint was published and its name is synced.
+    - Trackers move when a checkpoint was published and its name is synced: in this run, or, as long as that has begun
+      no save, in the one before.
     - No checkpoint is put away between the beginning of a save and the moving of the tracker.
     """
     watch = _Watch()
@@ -54,6 +55,10 @@ class _Watch:
         """Of published checkpoints, and of the save directory itself."""
         self._untracked = False
         """Whether a checkpoint is published that the tracker does not name yet."""
+        self._names_are_synced = False
+        """Whether the names that the run before has left are."""
+        self._has_begun = False
+        """Whether a save was begun."""
 
     def see(self, call: Call) -> None:
         """Take in the next call that has succeeded."""
@@ -65,12 +70,14 @@ class _Watch:
             self._unsynced_files.discard(call.files[0])
             self._unsynced_directories.discard(call.files[0])
             self._unsynced_names = {name for name in self._unsynced_names if _parent(name) != call.files[0]}
+            self._names_are_synced |= call.files[0] == "."
         elif call.name in _MAKES:
             self._unsynced_directories.add(_parent(call.files[-1]))
             if call.files[-1] == ".":
                 self._unsynced_names.add(".")
             if staged_name(call.files[-1]):
                 self._staging.add(call.files[-1])
+                self._has_begun = True
         elif call.name in _REMOVES:
             self._forget(call.files[0])
         elif call.name in _RENAMES:
@@ -93,7 +100,8 @@ class _Watch:
             if self._unsynced_names:
                 names = ", ".join(sorted(self._unsynced_names))
                 self.found.append(f"{call} moves a tracker before the names are synced of {names}")
-            if not self._untracked and _name(target) == TRACKER:
+            is_of_the_run_before = self._names_are_synced and not self._has_begun
+            if not self._untracked and not is_of_the_run_before and _name(target) == TRACKER:
                 self.found.append(f"{call} moves the tracker though no checkpoint was published")
             if _name(target) == LEGACY_TRACKER:
                 self._untracked = False

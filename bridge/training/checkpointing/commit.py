@@ -36,6 +36,7 @@ from bridge.training.checkpointing.layout import (
     LEGACY_TRACKER,
     MANIFEST,
     TRACKER,
+    bequest_name,
     iteration_name,
     new_saving_name,
     new_trash_name,
@@ -149,9 +150,13 @@ def digest_of_trackers(save_dir: Path) -> str:
 
 
 def remove_bequests(directory: Path) -> None:
-    """Remove what writers have left for a save that is published now, or about to be. Trouble is only logged."""
+    """Remove what writers have left for a save that is published now. Trouble is only logged.
+
+    That of rank 0 goes last: the next start knows by it that there may be more.
+    """
+    last = bequest_name(0)
     try:
-        for path in directory.glob(f"{BEQUEST_PREFIX}*"):
+        for path in sorted(directory.glob(f"{BEQUEST_PREFIX}*"), key=lambda path: path.name == last):
             path.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("could not delete what writers have left in %s: %s", directory, error)

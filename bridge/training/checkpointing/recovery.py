@@ -125,6 +125,7 @@ def _track(save_dir: Path, published: Mapping[str, str | None]) -> None:
     if newest := max((each for each in saved if each is not None), key=lambda m: (m.start, m.iteration), default=None):
         train_state = save_dir / iteration_name(newest.iteration) / TRAIN_STATE
         try:
+            sync_directory(save_dir)  # an earlier start may have been cut short between the rename and this
             commit.move_trackers(save_dir, newest.iteration, train_state.read_bytes())
         except OSError as error:
             logger.warning("the trackers stay where they are until the next start: they cannot be moved: %s", error)
