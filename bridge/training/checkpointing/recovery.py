@@ -6,6 +6,7 @@ word that they have written everything (`inheritance`).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from bridge.training.checkpointing import commit, inheritance, ownership
 from bridge.training.checkpointing.errors import CheckpointDamagedError, CheckpointSaveError
 from bridge.training.checkpointing.files import move_to_trash, sync_directory
-from bridge.training.checkpointing.integrity import find_damage, read_manifest
+from bridge.training.checkpointing.integrity import Manifest, find_damage, read_manifest
 from bridge.training.checkpointing.layout import (
     TRAIN_STATE,
     bequest_name,
@@ -106,8 +107,13 @@ def _inherit(save_dir: Path, leftovers: Sequence[str]) -> set[str]:
 
 def _not_tracked_yet(save_dir: Path) -> dict[str, str | None]:
     """Checkpoints that an earlier start has published for a run that died, before it could move the trackers."""
-    paths = (save_dir / iteration_name(iteration) for iteration in list_checkpoints(save_dir).iterations)
-    return {path.name: inheritance.trackers_then(path) for path in paths if (path / bequest_name(0)).exists()}
+    found: dict[str, str | None] = {}
+    for iteration in list_checkpoints(save_dir).iterations:
+        path = save_dir / iteration_name(iteration)
+        with contextlib.suppress(OSError):  # of a checkpoint that this run may not look into
+            if (path / bequest_name(0)).exists():
+                found[path.name] = inheritance.trackers_then(path)
+    return found
 
 
 def _track(save_dir: Path, published: Mapping[str, str | None]) -> None:
@@ -121,8 +127,8 @@ def _track(save_dir: Path, published: Mapping[str, str | None]) -> None:
     """
     left = [name for name, then in published.items() if then is not None]
     now = commit.digest_of_trackers(save_dir)
-    saved = [read_manifest(save_dir / name) for name in left if published[name] == now]
-    if newest := max((each for each in saved if each is not None), key=lambda m: (m.start, m.iteration), default=None):
+    saved = [found for name in left if published[name] == now and (found := _manifest(save_dir / name)) is not None]
+    if newest := max(saved, key=lambda manifest: (manifest.start, manifest.iteration), default=None):
         train_state = save_dir / iteration_name(newest.iteration) / TRAIN_STATE
         try:
             sync_directory(save_dir)  # an earlier start may have been cut short between the rename and this
@@ -182,9 +188,13 @@ def _reason(save_dir: Path, error: OSError) -> str:
     return str(error)
 
 
-def _is_sealed(staging: Path) -> bool:
+def _manifest(directory: Path) -> Manifest | None:
     try:
-        manifest = read_manifest(staging)
+        return read_manifest(directory)
     except CheckpointDamagedError:
-        return False
+        return None
+
+
+def _is_sealed(staging: Path) -> bool:
+    manifest = _manifest(staging)
     return manifest is not None and not find_damage(staging, manifest.files)

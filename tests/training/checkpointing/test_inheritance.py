@@ -431,6 +431,16 @@ def test_the_next_start_moves_the_trackers_if_the_first_is_cut_short(save_dir: P
     assert published(save_dir) == ((1, 2), 2)
 
 
+def test_a_checkpoint_that_was_damaged_before_its_trackers_moved_stops_nothing(save_dir: Path) -> None:
+    staging = staging_in(save_dir)
+    assert inheritance.inherit(staging)
+    (staging / "manifest.json").write_bytes(b"{")
+    staging.rename(save_dir / "iter_0000002")
+    recovery.recover(save_dir)
+    assert not [*(save_dir / "iter_0000002").glob(f"{BEQUEST_PREFIX}*")]
+    assert (save_dir / "latest_checkpointed_iteration.txt").read_text() == "1"
+
+
 def test_a_first_sign_that_comes_late_is_waited_for(save_dir: Path) -> None:
     staging = staging_in(save_dir)
     bequests = {path: path.read_bytes() for path in staging.glob(f"{BEQUEST_PREFIX}*")}
