@@ -22,7 +22,7 @@ from zlib_ng.zlib_ng import crc32
 from bridge.training.checkpointing.commit import describe_files, seal
 from bridge.training.checkpointing.errors import CheckpointError
 from bridge.training.checkpointing.files import sync_file
-from bridge.training.checkpointing.integrity import FileRecord, Manifest
+from bridge.training.checkpointing.integrity import FileRecord, Manifest, merged_metrics
 from bridge.training.checkpointing.layout import BEQUEST_PREFIX, bequest_name, iteration_name, staged_name
 
 logger = logging.getLogger(__name__)
@@ -286,9 +286,7 @@ def _complete(staging: Path) -> Manifest:
     records += describe_files(staging, names, checksum)
     if len({record.name for record in records}) != len(records):
         raise _NoPartError("two ranks have written one file")
-    metrics: dict[str, float] = {}
-    for part in reversed(parts):
-        metrics |= part.manifest.metrics
+    metrics = merged_metrics([part.manifest.metrics for part in parts])
     ordered = tuple(sorted(records, key=lambda record: record.name))
     return replace(first, files=ordered, created=time.time(), metrics=metrics)
 

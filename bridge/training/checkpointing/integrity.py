@@ -173,6 +173,15 @@ class Manifest:
         return manifest
 
 
+def merged_metrics(by_rank: list[dict[str, float]]) -> dict[str, float]:
+    """What all ranks know together: each metric from the lowest rank that has it."""
+    merged: dict[str, float] = {}
+    for metrics in by_rank:
+        for name, value in metrics.items():
+            merged.setdefault(name, value)
+    return merged
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `manifest.json`: call it when every other file is on storage."""
     write_file(directory / MANIFEST, manifest.to_json().encode())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,20 @@ from bridge.training.checkpointing.retention.trash import trash_of
 logger = logging.getLogger(__name__)
 
 
+def staged(save_dir: Path) -> dict[str, str]:
+    """Staging directories, and the names that they would get, where those are free. Nothing is changed."""
+    named = ((name, staged_name(name)) for name in list_checkpoints(save_dir).leftovers)
+    return {name: target for name, target in named if target is not None and not (save_dir / target).exists()}
+
+
 def unpublished(save_dir: Path) -> dict[str, str]:
     """What `recover` publishes: sealed staging directories, and the names that they get. Nothing is changed.
 
     Of several that would get one name it is the first.
     """
     found: dict[str, str] = {}
-    for name in list_checkpoints(save_dir).leftovers:
-        target = staged_name(name)
-        if target is None or target in found.values() or (save_dir / target).exists():
-            continue
-        if _is_sealed(save_dir / name):
+    for name, target in staged(save_dir).items():
+        if target not in found.values() and _is_sealed(save_dir / name):
             found[name] = target
     return found
 
@@ -60,7 +63,7 @@ def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) 
         owner = ownership.predecessor_of(save_dir)
         whose = f"the run that had it before ({owner})" if owner else "an earlier run, which has not said who it is"
         logger.warning("%s holds %d unfinished things of %s", save_dir, len(leftovers), whose)
-    kept = _inherit(save_dir, leftovers)
+    kept = _inherit(save_dir)
     sealed = unpublished(save_dir)
     published = _not_tracked_yet(save_dir)
     for name in leftovers:
@@ -90,12 +93,12 @@ def recover(save_dir: Path, delete: Callable[[list[Path]], None] | None = None) 
         commit.delete(path)
 
 
-def _inherit(save_dir: Path, leftovers: Sequence[str]) -> set[str]:
+def _inherit(save_dir: Path) -> set[str]:
     """Seal what writers have completed; the names of what is to stay as it is."""
     kept = set()
-    for name in leftovers:
-        path, target = save_dir / name, staged_name(name)
-        if target is None or (save_dir / target).exists() or _is_sealed(path):
+    for name in staged(save_dir):
+        path = save_dir / name
+        if _is_sealed(path):
             continue
         try:
             inheritance.inherit(path)

@@ -26,7 +26,7 @@ from bridge.training.checkpointing.failures.retrying import with_retries
 from bridge.training.checkpointing.files import sync_directory, sync_file, write_file
 from bridge.training.checkpointing.formats import PayloadWrite
 from bridge.training.checkpointing.inheritance import bequest_of
-from bridge.training.checkpointing.integrity import FileRecord, Manifest
+from bridge.training.checkpointing.integrity import FileRecord, Manifest, merged_metrics
 from bridge.training.checkpointing.io.background_writer import BackgroundWriter, Files, Patience, Writing
 from bridge.training.checkpointing.layout import TRAIN_STATE, bequest_name
 from bridge.training.checkpointing.parallel import Layout
@@ -321,12 +321,3 @@ def numbers_among(metrics: Mapping[str, Any]) -> dict[str, float]:
         if math.isfinite(number):
             numbers[str(name)] = number
     return numbers
-
-
-def merged_metrics(by_rank: list[dict[str, float]]) -> dict[str, float]:
-    """What all ranks know together: each metric from the lowest rank that has it."""
-    merged: dict[str, float] = {}
-    for metrics in by_rank:
-        for name, value in metrics.items():
-            merged.setdefault(name, value)
-    return merged

@@ -221,13 +221,16 @@ def test_of_two_the_newer_one_is_tracked(save_dir: Path) -> None:
     assert (save_dir / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
-def test_what_cannot_be_published_now_is_kept(save_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("step", "number"), [("sync_file", errno.ENOSPC), ("_read", errno.EIO)])
+def test_what_cannot_be_published_now_is_kept(
+    step: str, number: int, save_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     staging = staging_in(save_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(inheritance, "sync_file", refuse)
+        patch.setattr(inheritance, step, refuse)
         recovery.recover(save_dir)
     assert list_checkpoints(save_dir).leftovers == (staging.name,)
     recovery.recover(save_dir)
@@ -475,18 +478,5 @@ def test_a_rank_that_has_written_no_file_knows_the_kind_of_checksum(checksum: st
     edit(take, 0)(staging)
     edit(lambda written, given: written.update(files=[]), 1)(staging)
     edit(other_kind, 0, 1)(staging)
-    recovery.recover(save_dir)
-    assert published(save_dir) == ((1, 2), 2)
-
-
-def test_storage_that_does_not_answer_once_costs_nothing(save_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    staging = staging_in(save_dir)
-    with monkeypatch.context() as patch:
-        patch.setattr(inheritance, "_read", fail)
-        recovery.recover(save_dir)
-    assert list_checkpoints(save_dir).leftovers == (staging.name,)
     recovery.recover(save_dir)
     assert published(save_dir) == ((1, 2), 2)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bridge.training.checkpointing import inheritance, recovery
 from bridge.training.checkpointing.catalog.owners import find_owner
-from bridge.training.checkpointing.layout import is_iteration_directory, list_checkpoints, staged_name
+from bridge.training.checkpointing.layout import is_iteration_directory
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,8 @@ def completed_by_writers(directory: Path) -> dict[str, str]:
 
     It is not among what is foreseen, because to look at it takes its metadata, which is not there yet.
     """
-    found = {}
-    for name in list_checkpoints(directory).leftovers if directory.is_dir() else ():
-        target = staged_name(name)
-        if target is not None and not (directory / target).exists() and inheritance.is_complete(directory / name):
-            found[name] = target
+    staged = recovery.staged(directory) if directory.is_dir() else {}
+    found = {name: target for name, target in staged.items() if inheritance.is_complete(directory / name)}
     return {} if found and find_owner(directory).is_alive else found
 
 

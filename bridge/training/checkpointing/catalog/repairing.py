@@ -179,15 +179,15 @@ def _require_directory(directory: Path) -> None:
 
 
 def _leftovers(directory: Path) -> Iterator[Repair]:
-    sealed = recovery.unpublished(directory)
+    sealed, staged = recovery.unpublished(directory), recovery.staged(directory)
     for name in list_checkpoints(directory).leftovers:
         path, target = directory / name, staged_name(name)
         if name in sealed:
             yield Repair("publish", path, f"publish {target}, which a crash has left complete as {name}")
-        elif target is not None and not (directory / target).exists() and inheritance.is_complete(path):
+        elif name in staged and inheritance.is_complete(path):
             reason = f"publish {target}, which writers have completed as {name} after their run had died"
             yield Repair("publish", path, reason)
-        elif target is not None and not (directory / target).exists() and inheritance.shows_life(path):
+        elif name in staged and inheritance.shows_life(path):
             reason = f"publish {target}, or remove {name} if the writers that have outlived its run do not complete it"
             yield Repair("publish", path, reason)
         elif target is not None:

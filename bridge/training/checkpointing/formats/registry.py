@@ -29,7 +29,7 @@ def format_named(name: str) -> Format:
     Raises:
         CheckpointMismatchError: there is no such format.
     """
-    found = _of_this_version(name) or _custom().format_to_save(name)
+    found = format_of_this_version(name) or _custom().format_to_save(name)
     if found is None:
         raise CheckpointMismatchError(
             f"there is no format {name!r}: this version has {_known()}, and no save strategy is registered for "
@@ -44,7 +44,7 @@ def format_to_read(backend: str) -> Format:
     Raises:
         CheckpointMismatchError: there is no such format.
     """
-    found = _of_this_version(backend) or _custom().format_to_read(backend)
+    found = format_of_this_version(backend) or _custom().format_to_read(backend)
     if found is None:
         raise CheckpointMismatchError(
             f"there is no format {backend!r}: this version has {_known()}, and no load strategy is registered for "
@@ -56,10 +56,6 @@ def format_to_read(backend: str) -> Format:
 
 def format_of_this_version(name: str) -> Format | None:
     """A format by its name; None if this version has none of that name. Nothing that users have made is looked for."""
-    return _of_this_version(name)
-
-
-def _of_this_version(name: str) -> Format | None:
     return import_module(f"{_PACKAGE}.{_MODULES[name]}").FORMAT if name in _MODULES else None
 
 

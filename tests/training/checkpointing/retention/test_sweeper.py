@@ -18,7 +18,7 @@ from bridge.training.checkpointing import (
     recovery,
 )
 from bridge.training.checkpointing.contents.train_state import train_state_sidecar
-from bridge.training.checkpointing.integrity import FileRecord, Manifest, find_damage, read_manifest
+from bridge.training.checkpointing.integrity import FileRecord, Manifest, find_damage, merged_metrics, read_manifest
 from bridge.training.checkpointing.layout import LEGACY_TRACKER, MANIFEST, TRACKER, is_leftover, list_checkpoints
 from bridge.training.checkpointing.retention.policies import (
     Best,
@@ -38,7 +38,7 @@ from bridge.training.checkpointing.retention.sweeper import (
 )
 from bridge.training.checkpointing.retention.trash import Trash, trash_of
 from bridge.training.checkpointing.starts import STARTS, Starts, write_starts
-from bridge.training.checkpointing.transaction import merged_metrics, numbers_among
+from bridge.training.checkpointing.transaction import numbers_among
 from bridge.training.config import CheckpointConfig
 from bridge.training.state import TrainState
 from tests.distributed.launch import run_ranks
